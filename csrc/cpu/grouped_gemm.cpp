@@ -1,0 +1,115 @@
+// The grouped GEMMs on the CPU: the problem is cut into tiles by its shape and the rows of each expert, and the tiles
+// run on torch's threads.
+#include <cstring>
+#include <vector>
+
+#include "cpu/device.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace moe {
+
+namespace {
+
+// offsets as every device reads them: from 0, within 0..rows, never falling.
+std::vector<int64_t> read_offsets(const int32_t* offsets, int64_t num_experts, int64_t rows) {
+  std::vector<int64_t> out(num_experts + 1, 0);
+  for (int64_t e = 0; e < num_experts; ++e)
+    out[e + 1] = std::max(out[e], std::min<int64_t>(std::max<int64_t>(offsets[e + 1], 0), rows));
+  return out;
+}
+
+void zero_rows(const Matrix& matrix, int64_t begin, int64_t end, int64_t cols) {
+  for (int64_t row = begin; row < end && matrix; ++row)
+    std::memset(static_cast<char*>(matrix.data) + row * matrix.stride * size_of(matrix.dtype), 0,
+                cols * size_of(matrix.dtype));
+}
+
+struct RowsOfExpert {
+  int64_t expert, begin, end;
+};
+
+// The share of each tile of columns, summed in order; zero for slots that have no row.
+template <class C>
+void reduce_score(const GroupedGemmParams& p, const C* partial, int64_t col_tiles, int64_t rows) {
+  C* out = static_cast<C*>(p.grad_score);
+  const int64_t slots = p.a.num_rows * p.a.width;
+  std::fill(out, out + slots, C(0));
+  for (int64_t row = 0; row < rows; ++row) {
+    C sum = 0;
+    for (int64_t tile = 0; tile < col_tiles; ++tile) sum += partial[row * col_tiles + tile];
+    const int64_t slot = p.a.row_slot[row];
+    if (slot >= 0 && slot < slots) out[slot] = sum;
+  }
+}
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemmParams& p, const Device&) {
+  const Kernels& isa = kernels();
+  const bool gated = p.activation.gated;
+  const int64_t cols = p.epilogue == Epilogue::activate && gated ? p.n / 2 : p.n;
+  const int64_t tile_cols = p.epilogue == Epilogue::activate && gated ? kTileCols / 2 : kTileCols;
+  // Without columns one tile remains for the bias's share of the score gradient.
+  const int64_t col_tiles = std::max(ceil_div(cols, tile_cols), int64_t(p.grad_score ? 1 : 0));
+
+  const auto offsets = read_offsets(p.offsets, p.num_experts, p.num_rows);
+  const int64_t end = offsets.back();
+  zero_rows(p.out, end, p.num_rows, cols);
+  if (p.epilogue == Epilogue::activate) zero_rows(p.pre, end, p.num_rows, p.n);
+  if (p.epilogue == Epilogue::activate_backward) zero_rows(p.grad_pre, end, p.num_rows, gated ? 2 * p.n : p.n);
+
+  // Experts' rows in blocks of about equal size; the blocks that share a tile of weights stand together.
+  struct Piece {
+    RowsOfExpert rows;
+    int64_t col_begin;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t e = 0; e < p.num_experts; ++e) {
+    const int64_t rows = offsets[e + 1] - offsets[e], blocks = ceil_div(rows, kTileRows);
+    for (int64_t tile = 0; tile < col_tiles; ++tile)
+      for (int64_t block = 0; block < blocks; ++block)
+        pieces.push_back(
+            {{e, offsets[e] + rows * block / blocks, offsets[e] + rows * (block + 1) / blocks}, tile * tile_cols});
+  }
+
+  const bool is_double = p.a.rows.dtype == Dtype::float64;
+  std::vector<double> partial;  // [rows, col_tiles]
+  if (p.grad_score) partial.resize(end * col_tiles);
+  const double cost = pieces.empty() ? 0 : double(end) * p.n * p.k / double(pieces.size()) + double(p.k) * kTileCols;
+  for_each_piece(int64_t(pieces.size()), cost, [&](int64_t i) {
+    const auto& [rows, col_begin] = pieces[i];
+    isa.grouped_gemm(p, rows.expert, rows.begin, rows.end, col_begin, partial.data(), col_tiles);
+  });
+  if (p.grad_score) {
+    if (is_double) reduce_score(p, partial.data(), col_tiles, end);
+    else reduce_score(p, reinterpret_cast<const float*>(partial.data()), col_tiles, end);
+  }
+}
+
+void grouped_gemm_weight_grad(const WeightGradParams& p, const Device&) {
+  const Kernels& isa = kernels();
+  const auto offsets = read_offsets(p.offsets, p.num_experts, p.num_rows);
+  const int64_t n_tiles = ceil_div(p.n, kTileRows), k_tiles = ceil_div(p.k, kTileCols), tiles = n_tiles * k_tiles;
+  const double cost =
+      double(kTileRows) * kTileCols * (1 + double(offsets.back()) / std::max<int64_t>(p.num_experts, 1));
+  for_each_piece(p.num_experts * tiles, cost, [&](int64_t i) {
+    const int64_t e = i / tiles, tile = i % tiles;
+    isa.grouped_gemm_weight_grad(p, e, offsets[e], offsets[e + 1], tile / k_tiles * kTileRows,
+                                 tile % k_tiles * kTileCols);
+  });
+}
+
+void grouped_gemm_bias_grad(const BiasGradParams& p, const Device&) {
+  constexpr int64_t kCols = 64;
+  const Kernels& isa = kernels();
+  const auto offsets = read_offsets(p.offsets, p.num_experts, p.num_rows);
+  const int64_t tiles = ceil_div(p.n, kCols);
+  const double cost = double(kCols) * (1 + double(offsets.back()) / std::max<int64_t>(p.num_experts, 1));
+  for_each_piece(p.num_experts * tiles, cost, [&](int64_t i) {
+    const int64_t e = i / tiles, col = i % tiles * kCols;
+    isa.grouped_gemm_bias_grad(p, e, offsets[e], offsets[e + 1], col, std::min(col + kCols, p.n));
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,137 @@
+// What happens to a tile of products before it is stored. A tile is [rows, kTileCols] of accumulators; where the
+// activation is gated, the gates stand in its first half and the ups of the same inner columns in its second.
+#pragma once
+
+#include "cpu/isa/math.h"
+#include "cpu/isa/pack.h"
+#include "stages/activation.h"
+
+namespace moe::MOE_ISA {
+
+template <class C_>
+struct LaneMath {
+  using C = C_;
+  using V = Vec<C>;
+  static MOE_INLINE V constant(double value) { return broadcast(C(value)); }
+  static MOE_INLINE V exp(V x) { return MOE_ISA::exp<C>(x); }
+  static MOE_INLINE V tanh(V x) { return MOE_ISA::tanh<C>(x); }
+  static MOE_INLINE V erf(V x) { return MOE_ISA::erf<C>(x); }
+  static MOE_INLINE V sigmoid(V x) { return MOE_ISA::sigmoid<C>(x); }
+  template <class Mask>
+  static MOE_INLINE V select(Mask mask, V a, V b) {
+    return mask ? a : b;
+  }
+};
+
+// Where the gate and the up of inner column i stand among the weights' rows.
+struct InnerColumns {
+  int64_t gate, up, step;
+};
+
+inline InnerColumns inner_columns(const Activation& activation, int64_t i, int64_t inner) {
+  if (!activation.gated) return {i, i, 1};
+  return activation.interleaved ? InnerColumns{2 * i, 2 * i + 1, 2} : InnerColumns{i, inner + i, 1};
+}
+
+// A row of values at distance `step` (1 or 2), as vectors.
+template <class C, class S>
+MOE_INLINE Vec<C> load_strided(const S* from, int64_t step, int64_t n) {
+  if (step == 1) return load<C>(from, n);
+  S values[kLanes<C>] = {};
+  for (int64_t i = 0; i < n && i < kLanes<C>; ++i) values[i] = from[i * step];
+  return load<C>(values);
+}
+
+template <class C, class S>
+MOE_INLINE void store_strided(S* to, int64_t step, Vec<C> value, int64_t n) {
+  if (step == 1) return store<C>(to, value, n);
+  S values[kLanes<C>];
+  store<C>(values, value);
+  for (int64_t i = 0; i < n && i < kLanes<C>; ++i) to[i * step] = values[i];
+}
+
+// The rows and columns of the result that a tile holds.
+struct Tile {
+  int64_t expert, row_begin, rows, col_begin, cols;  // cols: of the result (inner columns where an activation follows)
+};
+
+// Bias of columns begin, begin + step, ... of the tile's expert, or zeros.
+template <class C>
+void read_bias(const Vector& bias, int64_t expert, int64_t n, Columns columns, C* to) {
+  for (int64_t j = 0; j < columns.count; ++j)
+    to[j] = bias ? read<C>(bias, expert * n + columns.begin + j * columns.step) : C(0);
+}
+
+template <class S>
+S* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<S*>(matrix.data) + row * matrix.stride;
+}
+
+template <class S, class C>
+void store_tile(const GroupedGemmParams& p, const Tile& tile, const C* values) {
+  constexpr int lanes = kLanes<C>;
+  C bias[kTileCols];
+  read_bias(p.bias, tile.expert, p.n, {tile.col_begin, 1, tile.cols}, bias);
+  for (int64_t i = 0; i < tile.rows; ++i, values += kTileCols) {
+    S* out = row_of<S>(p.out, tile.row_begin + i) + tile.col_begin;
+    for (int64_t j = 0; j < tile.cols; j += lanes)
+      store<C>(out + j, load<C>(values + j) + load<C>(bias + j), tile.cols - j);
+  }
+}
+
+template <class S, class C>
+void activate_tile(const GroupedGemmParams& p, const Tile& tile, const C* values) {
+  constexpr int lanes = kLanes<C>, half = kTileCols / 2;
+  const bool gated = p.activation.gated;
+  const int64_t inner = gated ? p.n / 2 : p.n;
+  const InnerColumns at = inner_columns(p.activation, tile.col_begin, inner);
+  C bias[kTileCols] = {};
+  read_bias(p.bias, tile.expert, p.n, {at.gate, at.step, tile.cols}, bias);
+  if (gated) read_bias(p.bias, tile.expert, p.n, {at.up, at.step, tile.cols}, bias + half);
+  for (int64_t i = 0; i < tile.rows; ++i, values += kTileCols) {
+    S* out = row_of<S>(p.out, tile.row_begin + i) + tile.col_begin;
+    S* pre = p.pre ? row_of<S>(p.pre, tile.row_begin + i) : nullptr;
+    for (int64_t j = 0; j < tile.cols; j += lanes) {
+      const int64_t n = tile.cols - j;
+      const auto gate = load<C>(values + j) + load<C>(bias + j);
+      const auto up = gated ? load<C>(values + half + j) + load<C>(bias + half + j) : gate;
+      if (pre) {
+        store_strided<C>(pre + at.gate + j * at.step, at.step, gate, n);
+        if (gated) store_strided<C>(pre + at.up + j * at.step, at.step, up, n);
+      }
+      store<C>(out + j, ActivationMath<LaneMath<C>>::forward(p.activation, gate, up), n);
+    }
+  }
+}
+
+// values is dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A, share += <dA',
+// A>.
+template <class S, class C>
+void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile, const C* values, C* share,
+                            int64_t share_stride) {
+  constexpr int lanes = kLanes<C>;
+  const bool gated = p.activation.gated;
+  const InnerColumns at = inner_columns(p.activation, tile.col_begin, p.n);
+  for (int64_t i = 0; i < tile.rows; ++i, values += kTileCols) {
+    const int64_t row = tile.row_begin + i;
+    const S* pre = row_of<S>(p.pre, row);
+    S* grad_pre = row_of<S>(p.grad_pre, row);
+    S* out = row_of<S>(p.out, row) + tile.col_begin;
+    const C score = p.score ? read<C>(p.score, slot_of(p.a, row)) : C(1);
+    Vec<C> sum{};
+    for (int64_t j = 0; j < tile.cols; j += lanes) {
+      const int64_t n = tile.cols - j;
+      const auto gate = load_strided<C>(pre + at.gate + j * at.step, at.step, n);
+      const auto up = gated ? load_strided<C>(pre + at.up + j * at.step, at.step, n) : gate;
+      const auto grad = load<C>(values + j, n);
+      const auto g = ActivationMath<LaneMath<C>>::backward(p.activation, gate, up, broadcast(score) * grad);
+      sum = sum + grad * g.value;
+      store<C>(out + j, broadcast(score) * g.value, n);
+      store_strided<C>(grad_pre + at.gate + j * at.step, at.step, g.gate, n);
+      if (gated) store_strided<C>(grad_pre + at.up + j * at.step, at.step, g.up, n);
+    }
+    if (share) share[row * share_stride] += sum_lanes<C>(sum);
+  }
+}
+
+}  // namespace moe::MOE_ISA

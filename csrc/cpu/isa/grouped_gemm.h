@@ -1,0 +1,164 @@
+// Both grouped GEMMs, a tile at a time: pack a block of each operand, multiply, go on along the reduction, then the
+// epilogue. An element is summed in order of the reduction, in blocks whose bounds depend on the problem alone: neither
+// the other rows of the batch nor the number of threads can change a result.
+#pragma once
+
+#include "cpu/isa/epilogue.h"
+#include "cpu/scratch.h"
+
+namespace moe::MOE_ISA {
+
+template <class Ar>
+struct Blocks {
+  using C = typename Ar::C;
+  using Element = typename Ar::Element;
+  alignas(64) Element a[kTileRows * (kBlockDepth / Ar::kDepth + 16)];
+  alignas(64) Element b[kTileCols * (kBlockDepth / Ar::kDepth)];
+  alignas(64) C tile[kTileRows * kTileCols];
+
+  static Blocks& of_thread() { return *static_cast<Blocks*>(scratch(sizeof(Blocks))); }
+};
+
+// share[r] += <a[r], bias_e>
+template <class X, class C>
+void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* rows, int64_t n, C* buffer,
+                    int64_t size, C* share, int64_t share_stride) {
+  for (int64_t k = 0; k < p.k; k += size) {
+    const int64_t depth = p.k - k < size ? p.k - k : size;
+    read_bias(p.score_bias, expert, p.k, {k, 1, depth}, buffer);
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<C> sum{};
+      for (int64_t j = 0; j < depth; j += kLanes<C>)
+        sum = sum + load<C>(rows[i] + k + j, depth - j) * load<C>(buffer + j, depth - j);
+      share[i * share_stride] += sum_lanes<C>(sum);
+    }
+  }
+}
+
+template <class X, class W>
+void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
+                       int64_t col_begin, void* partial_score, int64_t score_stride) {
+  using Ar = Arithmetic<X>;
+  using C = typename Ar::C;
+  auto& blocks = Blocks<Ar>::of_thread();
+  const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
+  const int64_t result_cols = gated ? p.n / 2 : p.n, width = gated ? kTileCols / 2 : kTileCols;
+  const Tile tile{expert, row_begin, row_end - row_begin, col_begin,
+                  result_cols - col_begin < width ? result_cols - col_begin : width};
+
+  const X* rows[kTileRows];
+  C scale[kTileRows];
+  find_rows(p.a, row_begin, tile.rows, rows, scale);
+  C* const share = p.grad_score ? static_cast<C*>(partial_score) + col_begin / kTileCols : nullptr;
+  if (share && p.score_bias && col_begin == 0)
+    add_bias_share(p, expert, rows, tile.rows, blocks.tile, kTileRows * kTileCols, share + row_begin * score_stride,
+                   score_stride);
+  if (tile.cols == 0) return;
+  const InnerColumns at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, result_cols);
+  const W* weight = static_cast<const W*>(p.weight.data) + expert * p.weight.expert_stride;
+
+  for (int64_t k = 0; k < p.k || k == 0; k += kBlockDepth) {
+    const int64_t depth = p.k - k < kBlockDepth ? p.k - k : kBlockDepth, steps = ceil_div(depth, Ar::kDepth);
+    pack_rows<Ar>(rows, scale, bool(p.a.scale), tile.rows, k, depth, blocks.a);
+    const auto product = [&](int64_t first_row, int64_t tile_col) {
+      pack_weights<Ar, X>(weight, p.weight.n_stride, p.weight.k_stride, {first_row, at.step, tile.cols}, k, depth,
+                          blocks.b);
+      multiply_block<Ar, RowsOfA<Ar>>(blocks.a, blocks.b, tile.rows, tile.cols, steps, blocks.tile + tile_col, k == 0);
+    };
+    product(at.gate, 0);
+    if (gated) product(at.up, kTileCols / 2);
+  }
+
+  switch (p.epilogue) {
+    case Epilogue::store: return store_tile<X>(p, tile, blocks.tile);
+    case Epilogue::activate: return activate_tile<X>(p, tile, blocks.tile);
+    case Epilogue::activate_backward: return activate_backward_tile<X>(p, tile, blocks.tile, share, score_stride);
+  }
+}
+
+inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
+                         int64_t col_begin, void* partial_score, int64_t score_stride) {
+  visit_dtype(p.a.rows.dtype, [&](auto* x) {
+    using X = std::remove_pointer_t<decltype(x)>;
+    if constexpr (sizeof(X) == 2)  // float32 weights are rounded to the rows' dtype while they are packed
+      if (p.weight.dtype == Dtype::float32)
+        return grouped_gemm_tile<X, float>(p, expert, row_begin, row_end, col_begin, partial_score, score_stride);
+    grouped_gemm_tile<X, X>(p, expert, row_begin, row_end, col_begin, partial_score, score_stride);
+  });
+}
+
+// to[j] = value[j], or += it
+template <class C, class S>
+MOE_INLINE void store_gradient(S* to, Vec<C> value, int64_t n, bool accumulate) {
+  store<C>(to, accumulate ? load<C>(to, n) + value : value, n);
+}
+
+template <class X>
+void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end, int64_t n_begin,
+                      int64_t k_begin) {
+  using Ar = Arithmetic<X>;
+  using C = typename Ar::C;
+  auto& blocks = Blocks<Ar>::of_thread();
+  const int64_t n = p.n - n_begin < kTileRows ? p.n - n_begin : kTileRows;
+  const int64_t cols = p.k - k_begin < kTileCols ? p.k - k_begin : kTileCols;
+  const X* rows[kBlockDepth];
+  C scale[kBlockDepth];
+
+  for (int64_t row = row_begin; row < row_end || row == row_begin; row += kBlockDepth) {
+    const int64_t depth = row_end - row < kBlockDepth ? row_end - row : kBlockDepth;
+    const int64_t steps = ceil_div(depth, Ar::kDepth);
+    find_rows(p.grad, row, depth, rows, scale);
+    pack_columns<Ar, kTileRows>(rows, scale, bool(p.grad.scale), depth, n_begin, n, blocks.a);
+    find_rows(p.a, row, depth, rows, scale);
+    pack_columns<Ar, kPanel<Ar>>(rows, scale, bool(p.a.scale), depth, k_begin, cols, blocks.b);
+    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a, blocks.b, n, cols, steps, blocks.tile, row == row_begin);
+  }
+
+  visit_dtype(p.out_dtype, [&](auto* out) {
+    using S = std::remove_pointer_t<decltype(out)>;
+    for (int64_t i = 0; i < n; ++i) {
+      S* to = static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin;
+      for (int64_t j = 0; j < cols; j += kLanes<C>)
+        store_gradient<C>(to + j, load<C>(blocks.tile + i * kTileCols + j), cols - j, p.accumulate);
+    }
+  });
+}
+
+inline void grouped_gemm_weight_grad(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
+                                     int64_t n_begin, int64_t k_begin) {
+  visit_dtype(p.a.rows.dtype, [&](auto* x) {
+    weight_grad_tile<std::remove_pointer_t<decltype(x)>>(p, expert, row_begin, row_end, n_begin, k_begin);
+  });
+}
+
+inline void grouped_gemm_bias_grad(const BiasGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
+                                   int64_t col_begin, int64_t col_end) {
+  constexpr int64_t kBlockRows = 16;  // summed apart, then in double: errors do not grow with the number of rows
+  visit_dtype(p.grad.rows.dtype, [&](auto* x) {
+    using X = std::remove_pointer_t<decltype(x)>;
+    using C = Compute<X>;
+    for (int64_t col = col_begin; col < col_end; col += kLanes<C>) {
+      double sum[kLanes<C>] = {};
+      C lanes[kLanes<C>];
+      for (int64_t block = row_begin; block < row_end; block += kBlockRows) {
+        const int64_t block_end = block + kBlockRows < row_end ? block + kBlockRows : row_end;
+        Vec<C> part{};
+        for (int64_t row = block; row < block_end; ++row) {
+          const X* from;
+          C scale;
+          find_rows(p.grad, row, 1, &from, &scale);
+          part = part + load<C>(from + col, col_end - col) * broadcast(scale);
+        }
+        store<C>(lanes, part);
+        for (int lane = 0; lane < kLanes<C>; ++lane) sum[lane] += lanes[lane];
+      }
+      for (int lane = 0; lane < kLanes<C>; ++lane) lanes[lane] = C(sum[lane]);
+      visit_dtype(p.out_dtype, [&](auto* out) {
+        using S = std::remove_pointer_t<decltype(out)>;
+        store<C>(static_cast<S*>(p.out) + expert * p.n + col, load<C>(lanes), col_end - col);
+      });
+    }
+  });
+}
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,142 @@
+// Elementary functions on vectors: exp, log1p, softplus, sigmoid, tanh, erf.
+// float: range reduction and a minimax polynomial, within about 2 units in the last place (erf's result near 1:
+// absolute); no branches, so lanes with NaN or infinities cost nothing. double: the C library, lane by lane.
+#pragma once
+
+#include <limits>
+
+#include "cpu/isa/vec.h"
+
+namespace moe::MOE_ISA {
+
+template <class C>
+MOE_INLINE Vec<C> abs(Vec<C> x) {
+  return bit_cast<Vec<C>>(bit_cast<Vec<Bits<C>>>(x) & std::numeric_limits<Bits<C>>::max());
+}
+
+// |magnitude| with the sign of sign.
+template <class C>
+MOE_INLINE Vec<C> copy_sign(Vec<C> magnitude, Vec<C> sign) {
+  auto sign_bit = bit_cast<Vec<Bits<C>>>(sign) & std::numeric_limits<Bits<C>>::min();
+  return bit_cast<Vec<C>>(bit_cast<Vec<Bits<C>>>(abs<C>(magnitude)) | sign_bit);
+}
+
+// coefficients[0] + coefficients[1] x + ...
+template <class C, class... Rest>
+MOE_INLINE Vec<C> polynomial(Vec<C> x, C first, Rest... rest) {
+  if constexpr (sizeof...(rest) == 0) return broadcast(first);
+  else return polynomial<C>(x, rest...) * x + first;
+}
+
+MOE_INLINE Vec<double> each_lane(Vec<double> x, double (*f)(double)) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = f(x[i]);
+  return x;
+}
+
+// 2^n for -126 <= n <= 127.
+MOE_INLINE Vec<float> power_of_two(Vec<int32_t> n) { return bit_cast<Vec<float>>((n + 127) << 23); }
+
+template <class C>
+MOE_INLINE Vec<C> square_root(Vec<C> x) {
+  for (int i = 0; i < kLanes<C>; ++i) x[i] = sizeof(C) == 4 ? C(__builtin_sqrtf(x[i])) : C(__builtin_sqrt(x[i]));
+  return x;
+}
+
+template <class C>
+MOE_INLINE Vec<C> exp(Vec<C> x) {
+  if constexpr (std::is_same_v<C, double>) {
+    return each_lane(x, [](double v) { return __builtin_exp(v); });
+  } else {
+    constexpr float kToNearest = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+    // Outside of these the result is 0 or inf; NaN passes through both.
+    x = x < -104.0f ? broadcast(-104.0f) : x;
+    x = x > 89.0f ? broadcast(89.0f) : x;
+    Vec<float> shifted = x * 0x1.715476p0f + kToNearest;
+    Vec<float> n = shifted - kToNearest;
+    Vec<float> r = x - n * 0x1.63p-1f;  // ln 2 in two pieces, the first short enough for an exact product
+    r = r + n * 0x1.bd0106p-13f;
+    Vec<float> p =
+        polynomial<float>(r, 4.999999404e-01f, 1.666651964e-01f, 4.166840762e-02f, 8.368921466e-03f, 1.381417038e-03f);
+    p = p * (r * r) + r + 1.0f;
+    // In two steps, so that results below the smallest normal number are rounded once.
+    Vec<int32_t> exponent = bit_cast<Vec<int32_t>>(shifted) - 0x4b400000;  // the bits of kToNearest
+    Vec<int32_t> half = exponent >> 1;
+    return p * power_of_two(half) * power_of_two(exponent - half);
+  }
+}
+
+template <class C>
+MOE_INLINE Vec<C> log1p(Vec<C> x) {
+  if constexpr (std::is_same_v<C, double>) {
+    return each_lane(x, [](double v) { return __builtin_log1p(v); });
+  } else {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    // 1 + x = 2^n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2); f is made from x itself, which 1 + x may have rounded away.
+    Vec<float> w = 1.0f + x;
+    auto bits = bit_cast<Vec<uint32_t>>(w);
+    auto n = bit_cast<Vec<int32_t>>(bits - 0x3f3504f3u) >> 23;
+    auto n_shifted = bit_cast<Vec<uint32_t>>(n) << 23;
+    Vec<float> inverse = bit_cast<Vec<float>>(0x3f800000u - n_shifted);
+    Vec<float> scaled = x * inverse + (inverse - 1.0f);
+    Vec<float> of_large = bit_cast<Vec<float>>(bits - n_shifted) - 1.0f;  // where 2^-n may be too small a number
+    Vec<float> f = n > 30 ? of_large : scaled;
+    Vec<float> p =
+        polynomial<float>(f, 3.333331347e-01f, -2.500000894e-01f, 2.000214905e-01f, -1.666801721e-01f, 1.421889663e-01f,
+                          -1.240468696e-01f, 1.189248711e-01f, -1.168362349e-01f, 6.746517867e-02f);
+    Vec<float> square = f * f;
+    Vec<float> k = __builtin_convertvector(n, Vec<float>);
+    Vec<float> tail = p * f * square - 0.5f * square - k * 0x1.bd0106p-13f;
+    Vec<float> y = f + tail + k * 0x1.63p-1f;
+    y = w > 0.0f && w < kInfinity ? y : x + x;  // inf and NaN
+    y = w == 0.0f ? broadcast(-kInfinity) : y;
+    return w < 0.0f ? broadcast(std::numeric_limits<float>::quiet_NaN()) : y;
+  }
+}
+
+// log(1 + e^x), relative accuracy in both tails.
+template <class C>
+MOE_INLINE Vec<C> softplus(Vec<C> x) {
+  return (x < C(0) ? broadcast(C(0)) : x) + log1p<C>(exp<C>(-abs<C>(x)));
+}
+
+// 1 / (1 + e^-x); e^-|x| keeps the lower tail's denormal results.
+template <class C>
+MOE_INLINE Vec<C> sigmoid(Vec<C> x) {
+  Vec<C> e = exp<C>(-abs<C>(x));
+  return (x < C(0) ? e : broadcast(C(1))) / (C(1) + e);
+}
+
+template <class C>
+MOE_INLINE Vec<C> tanh(Vec<C> x) {
+  if constexpr (std::is_same_v<C, double>) {
+    return each_lane(x, [](double v) { return __builtin_tanh(v); });
+  } else {
+    Vec<float> s = x * x;
+    Vec<float> p = polynomial<float>(s, -3.333328068e-01f, 1.333143562e-01f, -5.373914167e-02f, 2.063712850e-02f,
+                                     -5.702707451e-03f);
+    Vec<float> near = p * s * x + x;
+    Vec<float> size = abs<float>(x);
+    Vec<float> far = 1.0f - 2.0f / (exp<float>(size + size) + 1.0f);
+    return copy_sign<float>(size < 0.625f ? near : far, x);
+  }
+}
+
+template <class C>
+MOE_INLINE Vec<C> erf(Vec<C> x) {
+  if constexpr (std::is_same_v<C, double>) {
+    return each_lane(x, [](double v) { return __builtin_erf(v); });
+  } else {
+    Vec<float> s = x * x;
+    Vec<float> p = polynomial<float>(s, 1.283791512e-01f, -3.761248589e-01f, 1.128171161e-01f, -2.676247992e-02f,
+                                     4.986810498e-03f, -5.957368994e-04f);
+    Vec<float> near = p * x + x;
+    Vec<float> t = abs<float>(x);
+    t = t > 4.0f ? broadcast(4.0f) : t;  // where erf rounds to 1
+    Vec<float> q = polynomial<float>(t, -1.286484897e-01f, -6.351513267e-01f, -1.062368900e-01f, 2.376207151e-02f,
+                                     -3.642462892e-03f, 3.228048154e-04f, -1.123140009e-05f);
+    Vec<float> far = copy_sign<float>(1.0f - exp<float>(q * t - t), x);
+    return abs<float>(x) > 0.93f ? far : near;
+  }
+}
+
+}  // namespace moe::MOE_ISA

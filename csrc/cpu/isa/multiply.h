@@ -1,0 +1,114 @@
+// The micro-kernel: a few rows of A times a panel of B, accumulators in registers. One template for every instruction
+// set and both GEMMs; what differs is the arithmetic and where A's next element lies.
+#pragma once
+
+#include "cpu/isa/dot.h"
+#include "cpu/isa/table.h"
+#include "cpu/isa/vec.h"
+
+namespace moe::MOE_ISA {
+
+// Arithmetic on single values: products and sums in C.
+template <class C_>
+struct Fma {
+  using C = C_;
+  using Element = C_;               // what A and B are packed as
+  static constexpr int kDepth = 1;  // values along the reduction in one Element
+  static MOE_INLINE Vec<C> step(Vec<C> acc, Vec<Element> a, Vec<Element> b) { return acc + a * b; }
+};
+
+// bf16 in pairs along the reduction.
+struct Dot {
+  using C = float;
+  using Element = uint32_t;
+  static constexpr int kDepth = 2;
+  static MOE_INLINE Vec<C> step(Vec<C> acc, Vec<Element> a, Vec<Element> b) { return dot_pairs(acc, a, b); }
+};
+
+template <class S>
+using Arithmetic = std::conditional_t<std::is_same_v<S, bfloat16> && kHasDot, Dot, Fma<Compute<S>>>;
+
+// Sizes of a tile and of the packed blocks, in values. Accumulators: kMicroRows * kPanelVectors registers of the 32
+// (AVX-512) or 16 there are; a B panel (kBlockDepth x kPanel) stays in L1 while the rows of an A block pass, the blocks
+// in L2.
+inline constexpr int kMicroRows = MOE_VECTOR_BYTES == 64 ? 12 : MOE_VECTOR_BYTES == 32 ? 6 : 4;
+inline constexpr int kPanelVectors = 2;
+inline constexpr int kBlockDepth = 192;
+static_assert(kTileRows % kMicroRows == 0);
+
+template <class Ar>
+inline constexpr int kPanel = kPanelVectors * kLanes<typename Ar::C>;  // columns
+
+// Where A lies: element (row, k) of a block at row * kRowStride + k * kStep, both known at compile time so that every
+// address is one register plus a constant.
+template <class Ar>
+struct RowsOfA {  // ragged-M: a row of A is contiguous; the odd line spreads rows over the sets of L1
+  static constexpr int kRowStride = kBlockDepth / Ar::kDepth + 16;
+  static constexpr int kStep = 1;
+};
+template <class Ar>
+struct ColumnsOfA {  // ragged-K: A is the transpose of rows that lie contiguous
+  static constexpr int kRowStride = 1;
+  static constexpr int kStep = kTileRows;
+};
+
+// c[rows, kPanel] (+)= a[rows, depth] . b[depth, kPanel], summed in order of depth. A block's sum starts from zero and
+// joins c at the end: the error grows with the block's depth, not with the length of the whole reduction.
+template <class Ar, class Layout, int rows>
+void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, typename Ar::C* c,
+              bool first) {
+  using C = typename Ar::C;
+  using Element = typename Ar::Element;
+  constexpr int lanes = kLanes<C>;
+  Vec<C> acc[rows][kPanelVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Vec<C>{};
+
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<Element> panel[kPanelVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j) std::memcpy(&panel[j], b + j * lanes, sizeof(panel[j]));
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const Vec<Element> value = broadcast(a[i * Layout::kRowStride]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Ar::step(acc[i][j], value, panel[j]);
+    }
+    a += Layout::kStep;
+    b += kPanelVectors * lanes;
+  }
+
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j) {
+      C* to = c + i * kTileCols + j * lanes;
+      store<C>(to, first ? acc[i][j] : load<C>(to) + acc[i][j]);
+    }
+}
+
+// Any number of rows up to kMicroRows.
+template <class Ar, class Layout, int rows = kMicroRows>
+MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth,
+                              typename Ar::C* c, bool first) {
+  if constexpr (rows == 1) {
+    multiply<Ar, Layout, 1>(a, b, depth, c, first);
+  } else {
+    if (n == rows) multiply<Ar, Layout, rows>(a, b, depth, c, first);
+    else multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, c, first);
+  }
+}
+
+// c[rows, cols] (+)= A block . B block, where B is packed in panels.
+template <class Ar, class Layout>
+void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
+                    int64_t depth, typename Ar::C* c, bool first) {
+  for (int64_t col = 0; col < cols; col += kPanel<Ar>)
+    for (int64_t row = 0; row < rows; row += kMicroRows)
+      multiply_rows<Ar, Layout>(rows - row < kMicroRows ? rows - row : kMicroRows, a + row * Layout::kRowStride,
+                                b + col * depth, depth, c + row * kTileCols + col, first);
+}
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,140 @@
+// Exact selection of the largest values, one after another, ties to the lowest index: a tournament whose nodes are
+// vectors. Values are compared as integers whose order is: -inf .. -0 == +0 .. +inf, NaN.
+#pragma once
+
+#include <limits>
+
+#include "cpu/isa/vec.h"
+
+namespace moe::MOE_ISA {
+
+template <class C>
+inline constexpr Bits<C> kTaken = std::numeric_limits<Bits<C>>::min();  // below the key of -inf
+
+template <class C>
+MOE_INLINE Vec<Bits<C>> key_of(Vec<C> x) {
+  constexpr Bits<C> kMax = std::numeric_limits<Bits<C>>::max();
+  auto bits = bit_cast<Vec<Bits<C>>>(x + C(0));  // + 0 turns -0 into +0
+  auto key = bits ^ ((bits < 0) & kMax);
+  return x == x ? key : key * 0 + kMax;
+}
+
+// The value a key was made of; a NaN for a NaN.
+template <class C>
+MOE_INLINE C value_of(Bits<C> key) {
+  return bit_cast<C>(key < 0 ? key ^ std::numeric_limits<Bits<C>>::max() : key);
+}
+
+// Halves the vector to 16 bytes and then turns it around itself, so that no step but the last leaves the vector unit.
+template <class T, int n, int... i>
+MOE_INLINE T max_of(Vec<T, n> v, std::integer_sequence<int, i...>) {
+  if constexpr (n * sizeof(T) > 16) {
+    Vec<T, n / 2> low = __builtin_shufflevector(v, v, i...);
+    Vec<T, n / 2> high = __builtin_shufflevector(v, v, (n / 2 + i)...);
+    return max_of<T, n / 2>(low > high ? low : high, std::make_integer_sequence<int, n / 4>());
+  } else if constexpr (n == 4) {
+    Vec<T, n> other = __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    v = v > other ? v : other;
+    other = __builtin_shufflevector(v, v, 1, 0, 3, 2);
+    return (v > other ? v : other)[0];
+  } else {
+    Vec<T, n> other = __builtin_shufflevector(v, v, 1, 0);
+    return (v > other ? v : other)[0];
+  }
+}
+
+template <class T>
+MOE_INLINE T max_of(Vec<T> v) {
+  return max_of<T, kLanes<T>>(v, std::make_integer_sequence<int, kLanes<T> / 2>());
+}
+
+// The first lane that holds x; one must.
+template <class T>
+MOE_INLINE int first_equal(Vec<T> v, T x) {
+#if defined(__AVX512F__)
+  auto bits = bit_cast<__m512i>(v);
+  if constexpr (sizeof(T) == 4) return __builtin_ctz(_mm512_cmpeq_epi32_mask(bits, _mm512_set1_epi32(x)));
+  else return __builtin_ctz(_mm512_cmpeq_epi64_mask(bits, _mm512_set1_epi64(x)));
+#elif defined(__AVX2__)
+  return __builtin_ctz(_mm256_movemask_epi8(bit_cast<__m256i>(v == x))) / int(sizeof(T));
+#else
+  int lane = 0;
+  while (v[lane] != x) ++lane;
+  return lane;
+#endif
+}
+
+template <class T>
+MOE_INLINE Vec<T> lane_numbers() {
+  Vec<T> v{};
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
+  return v;
+}
+
+// Level 0 holds the keys; entry i of the level above is the largest key of vector i; the top level is one vector.
+template <class C>
+class Ranking {
+ public:
+  using Key = Bits<C>;
+  static constexpr int64_t kWidth = kLanes<C>;
+
+  // Keys that the levels of `count` values take.
+  static int64_t size(int64_t count) {
+    int64_t total = 0;
+    do {
+      count = ceil_div(count, kWidth);
+      total += count * kWidth;
+    } while (count > 1);
+    return total;
+  }
+
+  Ranking(Key* memory, int64_t count) : count_(count) {
+    for (int64_t i = size(count) - 1; i >= 0; --i) memory[i] = kTaken<C>;
+    do {
+      level_[top_++] = memory;
+      count = ceil_div(count, kWidth);
+      memory += count * kWidth;
+    } while (count > 1);
+    --top_;
+  }
+
+  // [count, rounded up to whole vectors], to be filled before build().
+  Key* keys() { return level_[0]; }
+
+  void build() {
+    if (int64_t tail = count_ % kWidth) {
+      Key* last = level_[0] + count_ - tail;
+      store<Key>(last, lane_numbers<Key>() < Key(tail) ? load<Key>(last) : broadcast(kTaken<C>));
+    }
+    int64_t vectors = ceil_div(count_, kWidth);
+    for (int level = 0; level < top_; ++level, vectors = ceil_div(vectors, kWidth))
+      for (int64_t i = 0; i < vectors; ++i) level_[level + 1][i] = max_of<Key>(load<Key>(level_[level] + i * kWidth));
+    best_ = max_of<Key>(load<Key>(level_[top_]));
+  }
+
+  // Removes the largest key and returns its index. At most `count` calls after a build().
+  MOE_INLINE int64_t take() {
+    int64_t index = 0;
+    for (int level = top_; level >= 0; --level)
+      index = index * kWidth + first_equal<Key>(load<Key>(level_[level] + index * kWidth), best_);
+
+    best_ = kTaken<C>;  // then the largest of each vector on the way up
+    uint64_t i = index;
+    for (int level = 0; level <= top_; ++level, i /= kWidth) {
+      // Whole vectors are stored, because the next load of a whole vector would wait for a smaller store.
+      Key* node = level_[level] + i / kWidth * kWidth;
+      Vec<Key> v = lane_numbers<Key>() == Key(i % kWidth) ? broadcast(best_) : load<Key>(node);
+      store<Key>(node, v);
+      best_ = max_of<Key>(v);
+    }
+    return index;
+  }
+
+ private:
+  Key* level_[32];
+  int top_ = 0;
+  int64_t count_;
+  Key best_ = kTaken<C>;
+};
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,86 @@
+// The loops behind a machine's roofs, for one instruction set: arithmetic that never waits for memory, and reading that
+// never waits for arithmetic. cpu/roof.cpp runs them on every thread at once and times them.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+namespace moe::MOE_ISA {
+
+// Enough independent chains to hide a latency of 4 cycles on two ports (or 6 on two), few enough for 16 registers.
+inline constexpr int kChains = 12;
+
+// acc = acc * factor + term: the accumulator is multiplied so that nothing can be hoisted out of the loop, and
+// converges to term / (1 - factor), so that no chain overflows or becomes denormal.
+template <class C>
+double multiply_add(int64_t rounds, double* sink) {
+  Vec<C> acc[kChains], factor = broadcast(C(sink[0])), term = broadcast(C(sink[1]));
+  for (auto& chain : acc) chain = term;
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 16
+    for (auto& chain : acc) chain = chain * factor + term;
+  }
+  for (auto& chain : acc) sink[2] += sum_lanes<C>(chain);
+  return 2.0 * kChains * kLanes<C> * rounds;
+}
+
+#ifdef __AVX512BF16__
+inline double dot_bfloat16(int64_t rounds, double* sink) {
+  __m512 acc[kChains];
+  for (auto& chain : acc) chain = _mm512_set1_ps(float(sink[1]));
+  const __m512bh a = _mm512_cvtne2ps_pbh(acc[0], acc[1]), b = a;
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 16
+    for (auto& chain : acc) chain = _mm512_dpbf16_ps(chain, a, b);
+  }
+  for (auto& chain : acc) sink[2] += chain[0];
+  return 4.0 * kChains * kLanes<float> * rounds;
+}
+#endif
+
+// Multiplies and adds `rounds` times on one thread and returns the FLOPs done; 0 where a dtype has no arithmetic of its
+// own (its products are computed in float32). sink: factor, term, and where the result goes so that the work is not
+// dropped.
+inline double roof_arithmetic(Dtype dtype, int64_t rounds, double* sink) {
+  switch (dtype) {
+    case Dtype::float32: return multiply_add<float>(rounds, sink);
+    case Dtype::float64: return multiply_add<double>(rounds, sink);
+#ifdef __AVX512BF16__
+    case Dtype::bfloat16: return dot_bfloat16(rounds, sink);
+#endif
+    default: return 0;
+  }
+}
+
+inline constexpr int kStreams = 4;  // read side by side: a core has more requests in flight that way
+
+inline void roof_read(const float* from, int64_t bytes, double* sink) {
+  const int64_t length = bytes / int64_t(kStreams * sizeof(Vec<float>)) * kLanes<float>;  // of one stream
+  Vec<float> sum[kStreams]{};
+  for (int64_t i = 0; i < length; i += kLanes<float>)
+    for (int s = 0; s < kStreams; ++s) sum[s] += load<float>(from + s * length + i);
+  for (auto& part : sum) sink[2] += sum_lanes<float>(part);
+}
+
+// Stores past the cache where the processor can, so that nothing is read but the source. `to` is aligned to 64 bytes.
+MOE_INLINE void stream_store(float* to, Vec<float> value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, bit_cast<__m512>(value));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, bit_cast<__m256>(value));
+#elif defined(__SSE__)
+  __builtin_ia32_movntps(to, value);
+#else
+  store(to, value);
+#endif
+}
+
+inline void roof_copy(float* to, const float* from, int64_t bytes) {
+  constexpr int kLine = 16;  // a whole cache line of one stream before the next: half lines would cost a read
+  const int64_t length = bytes / int64_t(kStreams * kLine * sizeof(float)) * kLine;
+  for (int64_t i = 0; i < length; i += kLine)
+    for (int64_t at = i; at < kStreams * length; at += length)
+      for (int lane = 0; lane < kLine; lane += kLanes<float>)
+        stream_store(to + at + lane, load<float>(from + at + lane));
+}
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,189 @@
+// From logits to scores, on rows of whole vectors: what route and its backward share. Lanes past the last expert hold
+// z = -inf, which adds nothing to any sum.
+#pragma once
+
+#include <limits>
+
+#include "cpu/isa/buffer.h"
+#include "cpu/isa/math.h"
+#include "cpu/isa/rank.h"
+
+namespace moe::MOE_ISA {
+
+template <class C>
+inline constexpr C kMinusInf = -std::numeric_limits<C>::infinity();
+
+template <class C>
+MOE_INLINE void pad(C* row, int64_t count, C value) {
+  for (int64_t i = count; i % kLanes<C> != 0; ++i) row[i] = value;
+}
+
+template <class C, class S>
+MOE_INLINE void load_values(const S* from, int64_t count, C* z) {
+  int64_t i = 0;
+  for (; i + kLanes<C> <= count; i += kLanes<C>) store<C>(z + i, load<C>(from + i));
+  if (i < count) store<C>(z + i, load<C>(from + i, count - i));
+}
+
+// Row `row` of float64 values for C = double, of any other for C = float.
+template <class C>
+MOE_INLINE void load_row(const Matrix& from, int64_t row, int64_t count, C* z) {
+  auto load_as = [&]<class S>(S*) { load_values<C>(static_cast<const S*>(from.data) + row * from.stride, count, z); };
+  if constexpr (std::is_same_v<C, double>) load_as(static_cast<double*>(nullptr));
+  else if (from.dtype == Dtype::float32) load_as(static_cast<float*>(nullptr));
+  else if (from.dtype == Dtype::bfloat16) load_as(static_cast<bfloat16*>(nullptr));
+  else load_as(static_cast<float16*>(nullptr));
+  pad(z, count, kMinusInf<C>);
+}
+
+template <class C, class S>
+MOE_INLINE void store_values(S* to, int64_t count, const C* values) {
+  int64_t i = 0;
+  for (; i + kLanes<C> <= count; i += kLanes<C>) store<C>(to + i, load<C>(values + i));
+  if (i < count) store<C>(to + i, load<C>(values + i), count - i);
+}
+
+template <class C>
+MOE_INLINE void store_row(const Matrix& to, int64_t row, int64_t count, const C* values) {
+  auto store_as = [&]<class S>(S*) { store_values<C>(static_cast<S*>(to.data) + row * to.stride, count, values); };
+  if constexpr (std::is_same_v<C, double>) store_as(static_cast<double*>(nullptr));
+  else if (to.dtype == Dtype::float32) store_as(static_cast<float*>(nullptr));
+  else if (to.dtype == Dtype::bfloat16) store_as(static_cast<bfloat16*>(nullptr));
+  else store_as(static_cast<float16*>(nullptr));
+}
+
+// z = cap * tanh(z / cap); slope = dz / dlogit where asked for.
+template <class C>
+MOE_INLINE void apply_softcap(C* z, int64_t count, C cap, C* slope = nullptr) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    Vec<C> t = tanh<C>(load<C>(z + i) / cap);
+    store<C>(z + i, t * cap);
+    if (slope) store<C>(slope + i, C(1) - t * t);
+  }
+  pad(z, count, kMinusInf<C>);
+}
+
+// A sum in float64 of whatever is added, so that its error does not grow with the number of experts.
+template <class C>
+class Sum {
+ public:
+  MOE_INLINE void add(Vec<C> v) {
+    if constexpr (std::is_same_v<C, double>) parts_[0] += v;
+    else add_halves(v, std::make_integer_sequence<int, kLanes<double>>());
+  }
+  MOE_INLINE double total() const { return sum_lanes<double>(parts_[0] + parts_[1]); }
+
+ private:
+  template <int... i>
+  MOE_INLINE void add_halves(Vec<C> v, std::integer_sequence<int, i...>) {
+    parts_[0] += __builtin_convertvector(__builtin_shufflevector(v, v, i...), Vec<double>);
+    parts_[1] += __builtin_convertvector(__builtin_shufflevector(v, v, (kLanes<double> + i)...), Vec<double>);
+  }
+
+  Vec<double> parts_[2]{};
+};
+
+// out = e^(z - max z), returned with their sum.
+template <class C>
+struct Exponentials {
+  C max;
+  double sum;
+};
+
+template <class C>
+MOE_INLINE Exponentials<C> exponentials(const C* z, int64_t count, C* out) {
+  Vec<C> max = broadcast(kMinusInf<C>);
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    Vec<C> v = load<C>(z + i);
+    max = v > max ? v : max;
+  }
+  C m = value_of<C>(max_of<Bits<C>>(key_of<C>(max)));
+  Sum<C> sum;
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    Vec<C> e = exp<C>(load<C>(z + i) - m);
+    store<C>(out + i, e);
+    sum.add(e);
+  }
+  return {m, sum.total()};
+}
+
+// log(sum of e^z), as torch.logsumexp where all z are -inf or one is inf.
+template <class C>
+MOE_INLINE C log_sum_exp(const Exponentials<C>& of, const C* z, int64_t count) {
+  if (of.max - of.max == C(0)) return C(double(of.max) + __builtin_log(of.sum));
+  for (int64_t i = 0; i < count; ++i)
+    if (z[i] != z[i]) return z[i];
+  return of.max;
+}
+
+// Below it softplus(z) and e^z agree to the last bit, and e^(z / 2) is the root of numbers too small to hold.
+template <class C>
+inline constexpr C kSoftplusTail = sizeof(C) == 4 ? C(-20) : C(-40);
+
+// The scores that are functions of their own logit alone; softmax and its kin leave z as it is.
+template <class C>
+MOE_INLINE Vec<C> score_of(Score score, Vec<C> z) {
+  if (score == Score::sigmoid) return sigmoid<C>(z);
+  if (score != Score::sqrtsoftplus) return z;
+  return z < kSoftplusTail<C> ? exp<C>(C(0.5) * z) : square_root<C>(softplus<C>(z));
+}
+
+// d score / dz.
+template <class C>
+MOE_INLINE Vec<C> score_slope(Score score, Vec<C> z) {
+  if (score == Score::sigmoid) {
+    Vec<C> e = exp<C>(-abs<C>(z));
+    return e / ((C(1) + e) * (C(1) + e));
+  }
+  if (score != Score::sqrtsoftplus) return broadcast(C(1));
+  Vec<C> s = score_of<C>(score, z);
+  return z < kSoftplusTail<C> ? C(0.5) * s : C(0.5) * sigmoid<C>(z) / s;
+}
+
+// out = the scores of z, returned with their sum.
+template <class C>
+MOE_INLINE double scores(Score score, const C* z, int64_t count, C* out) {
+  Sum<C> sum;
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    Vec<C> s = score_of<C>(score, load<C>(z + i));
+    store<C>(out + i, s);
+    sum.add(s);
+  }
+  return sum.total();
+}
+
+// Whether a score is a function of its own logit that mean_prob divides by the sum over the experts.
+inline bool is_elementwise(Score score) { return score == Score::sigmoid || score == Score::sqrtsoftplus; }
+
+// What the chosen scores of a token are divided by.
+MOE_INLINE double denominator(const RouteOptions& options, const double* scores, int64_t count) {
+  double sum = 0;
+  switch (options.renormalize) {
+    case Renormalize::none: return 1;
+    case Renormalize::pnorm:
+      for (int64_t k = 0; k < count; ++k) {
+        double size = __builtin_fabs(scores[k]);
+        sum += options.p == 1 ? size : options.p == 2 ? size * size : __builtin_pow(size, options.p);
+      }
+      return options.p == 1 ? sum : options.p == 2 ? __builtin_sqrt(sum) : __builtin_pow(sum, 1 / options.p);
+    default:
+      for (int64_t k = 0; k < count; ++k) sum += scores[k];
+      if (options.renormalize == Renormalize::sum) return sum + options.eps;
+      return sum < options.eps ? options.eps : sum;
+  }
+}
+
+// From here on a token's few chosen scores are float64, so that a weight is rounded once. z [count, in whole vectors]
+// may be overwritten; softmax_sum is that of all experts, z then their exponentials.
+template <class C>
+MOE_INLINE void chosen_scores(Score score, C* z, int64_t count, double softmax_sum, double* out) {
+  const int64_t padded = round_to_lanes<C>(count);
+  pad(z, count, kMinusInf<C>);
+  double sum = 1;
+  if (score == Score::softmax) sum = softmax_sum;
+  else if (score == Score::softmax_selected) sum = exponentials<C>(z, padded, z).sum;
+  else scores<C>(score, z, padded, z);
+  for (int64_t k = 0; k < count; ++k) out[k] = double(z[k]) / sum;
+}
+
+}  // namespace moe::MOE_ISA

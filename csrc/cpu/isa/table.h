@@ -1,0 +1,42 @@
+// What each instruction set supplies: the loops below a stage, each over one contiguous piece of work. The stages
+// (cpu/<verb>.cpp) cut the work into pieces and run them on torch's threads.
+#pragma once
+
+#include "stages/params.h"
+
+namespace moe {
+
+// The result of a grouped GEMM is computed in tiles of this size; where the activation is gated, a tile's columns are
+// half gates and half ups.
+inline constexpr int kTileRows = 192;
+inline constexpr int kTileCols = 256;
+
+struct Kernels {
+  const char* name;
+
+  // Tokens begin..end. partial_* [S, E] are added to: the statistics of these tokens alone; null without statistics.
+  void (*route)(const RouteParams&, int64_t begin, int64_t end, int32_t* partial_counts, double* partial_prob);
+  // partial_scale [E] is added to, null without expert scales; tokens_of_segment [S] divides grad_mean_prob.
+  void (*route_backward)(const RouteBackwardParams&, int64_t begin, int64_t end, const int64_t* tokens_of_segment,
+                         double* partial_scale);
+
+  void (*combine)(const CombineParams&, int64_t begin, int64_t end);                   // tokens
+  void (*combine_backward)(const CombineBackwardParams&, int64_t begin, int64_t end);  // rows
+
+  // One tile: rows row_begin..row_end of one expert, columns from col_begin on. partial_score [R, score_stride] takes
+  // the tile's share of grad_score.
+  void (*grouped_gemm)(const GroupedGemmParams&, int64_t expert, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                       void* partial_score, int64_t score_stride);
+  // One tile of an expert's [N, K] gradient.
+  void (*grouped_gemm_weight_grad)(const WeightGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
+                                   int64_t n_begin, int64_t k_begin);
+  // Columns col_begin..col_end of an expert's bias gradient.
+  void (*grouped_gemm_bias_grad)(const BiasGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
+                                 int64_t col_begin, int64_t col_end);
+
+  double (*roof_arithmetic)(Dtype dtype, int64_t rounds, double* sink);
+  void (*roof_read)(const float* from, int64_t bytes, double* sink);
+  void (*roof_copy)(float* to, const float* from, int64_t bytes);
+};
+
+}  // namespace moe

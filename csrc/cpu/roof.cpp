@@ -1,0 +1,102 @@
+// Measures the machine's roofs on torch's threads, all of them at once. Each thread times short pieces of its own work,
+// so that on a busy machine most pieces are not interrupted and the figures are those of the machine and not of its
+// load.
+#include "cpu/roof.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+namespace moe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+struct alignas(64) Sink {
+  double values[3] = {0.999, 0.001, 0};  // see isa/roof.h
+};
+
+// The sum over all threads of rate(thread).
+template <class F>
+double sum_over_threads(const F& rate) {
+  std::vector<double> rates(torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, rates.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) rates[thread] = rate(thread);
+  });
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
+}
+
+constexpr int64_t kPieceBytes = 2 << 20;  // a fraction of a millisecond
+
+// The median rate at which one thread moves pieces at rising offsets below `bytes`, again and again.
+template <class F>
+double median_rate(int64_t bytes, double seconds, const F& move) {
+  std::vector<double> rates;
+  const auto start = Clock::now();
+  for (int64_t offset = 0; rates.empty() || seconds_since(start) < seconds; offset += kPieceBytes) {
+    if (offset + kPieceBytes > bytes) offset = 0;
+    const auto begin = Clock::now();
+    move(offset / int64_t(sizeof(float)));
+    rates.push_back(double(kPieceBytes) / seconds_since(begin));
+  }
+  const auto middle = rates.begin() + rates.size() / 2;
+  std::nth_element(rates.begin(), middle, rates.end());
+  return *middle;
+}
+
+struct Free {
+  void operator()(float* buffer) const { ::operator delete[](buffer, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer touched_buffer(int64_t bytes) {
+  Buffer buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
+  std::memset(buffer.get(), 1, bytes);
+  return buffer;
+}
+
+}  // namespace
+
+double peak_arithmetic(Dtype dtype, double seconds) {
+  constexpr double kPieceSeconds = 200e-6;
+  const auto start = Clock::now();
+  return sum_over_threads([&](int64_t) {
+    Sink sink;
+    double best = 0;
+    int64_t rounds = 1 << 10;
+    do {
+      const auto begin = Clock::now();
+      const double flops = kernels().roof_arithmetic(dtype, rounds, sink.values);
+      const double taken = seconds_since(begin);
+      if (flops == 0) break;
+      if (taken < kPieceSeconds) rounds *= 2;
+      best = std::max(best, flops / taken);
+    } while (seconds_since(start) < seconds);
+    return best;
+  });
+}
+
+Bandwidth peak_bandwidth(int64_t bytes, double seconds) {
+  const int64_t share = std::max(bytes / int64_t(torch::stable::get_num_threads()), 8 * kPieceBytes);
+  Bandwidth peak;
+  peak.read = sum_over_threads([&](int64_t) {
+    const Buffer from = touched_buffer(share);  // by the thread that will read it, so that it lies near
+    Sink sink;
+    return median_rate(share, seconds, [&](int64_t i) { kernels().roof_read(&from[i], kPieceBytes, sink.values); });
+  });
+  peak.copy =
+      2 * sum_over_threads([&](int64_t) {
+        const Buffer from = touched_buffer(share), to = touched_buffer(share);
+        return median_rate(share, seconds, [&](int64_t i) { kernels().roof_copy(&to[i], &from[i], kPieceBytes); });
+      });
+  return peak;
+}
+
+}  // namespace moe

@@ -1,0 +1,46 @@
+// How the tensors of the grouped GEMMs become operands of a stage; shared by grouped_gemm and moe_mlp.
+#pragma once
+
+#include "ops/check.h"
+
+namespace moe {
+
+// Expert weights with some unit stride; the tensor keeps a copy alive where one had to be made.
+inline Tensor with_unit_stride(const Tensor& w) {
+  const bool unit = w.size(1) <= 1 || w.size(2) <= 1 || w.stride(1) == 1 || w.stride(2) == 1;
+  return unit ? w : torch::stable::contiguous(w);
+}
+
+// w [E, N, K] as the stage reads it; `transposed` swaps N and K, for the gradient of the input.
+inline ExpertWeights expert_weights(const Tensor& w, bool transposed = false) {
+  ExpertWeights out{.data = w.data_ptr(), .dtype = dtype_of(w), .expert_stride = w.stride(0)};
+  const int n = transposed ? 2 : 1, k = transposed ? 1 : 2;
+  out.n_stride = w.size(n) <= 1 ? 1 : w.stride(n);
+  out.k_stride = w.size(k) <= 1 ? 1 : w.stride(k);
+  return out;
+}
+
+inline void expect_weights(const char* what, const Tensor& w, const Tensor& rows, int64_t n, int64_t k) {
+  expect_shape(what, w, {-1, n, k});
+  const auto type = w.scalar_type();
+  const bool narrow = rows.scalar_type() == ScalarType::BFloat16 || rows.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(type == rows.scalar_type() || (type == ScalarType::Float && narrow), what, " has the wrong dtype");
+}
+
+inline void expect_offsets(const char* what, const Tensor& offsets, int64_t num_experts) {
+  expect_type(what, offsets, ScalarType::Int);
+  expect_shape(what, offsets, {num_experts + 1});
+}
+
+inline void expect_row_slot(const char* what, const Tensor& row_slot, int64_t tokens) {
+  expect_map(what, row_slot, {-1});
+  STD_TORCH_CHECK(tokens > 0 || row_slot.size(0) == 0, what, " names rows of an empty operand");
+}
+
+inline GatheredRows rows_of(const Tensor& t) { return {.rows = matrix(t), .num_rows = t.size(0)}; }
+
+inline GatheredRows gathered(const Tensor& t, const Tensor& row_slot, int64_t width, Vector scale = {}) {
+  return {.rows = matrix(t), .row_slot = int32s(row_slot), .width = width, .num_rows = t.size(0), .scale = scale};
+}
+
+}  // namespace moe

@@ -1,0 +1,120 @@
+// The grouped GEMMs as operators: rows times the weights of their expert, and the gradients of weights and biases.
+#include "ops/gemm_operands.h"
+
+namespace moe {
+
+namespace {
+
+struct Rows {
+  Tensor tensor, row_slot;
+  GatheredRows operand;
+  int64_t count;
+};
+
+// `a` itself, or its rows row_slot // width.
+Rows read_rows(const char* what, const Tensor& a, const OptionalTensor& row_slot, int64_t width) {
+  Rows rows{.tensor = with_unit_rows(a), .row_slot = {}, .operand = {}, .count = a.size(0)};
+  if (row_slot) {
+    expect_row_slot(what, *row_slot, a.size(0));
+    STD_TORCH_CHECK(width > 0 || row_slot->size(0) == 0, what, ": width must be positive");
+    rows.row_slot = as_contiguous(*row_slot);
+    rows.count = rows.row_slot.size(0);
+    rows.operand = gathered(rows.tensor, rows.row_slot, width);
+  } else {
+    rows.operand = rows_of(rows.tensor);
+  }
+  return rows;
+}
+
+Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offsets, const OptionalTensor& bias,
+                       const OptionalTensor& row_slot, const OptionalTensor& slot_row) {
+  expect_shape("grouped_gemm: a", a, {-1, -1});
+  STD_TORCH_CHECK(!row_slot || slot_row, "grouped_gemm: row_slot without slot_row");
+  expect_weights("grouped_gemm: weight", weight, a, -1, a.size(1));
+  expect_offsets("grouped_gemm: offsets", offsets, weight.size(0));
+  if (bias) expect_shape("grouped_gemm: bias", *bias, {weight.size(0), weight.size(1)});
+  if (slot_row) expect_shape("grouped_gemm: slot_row", *slot_row, {a.size(0), -1});
+  const auto rows = read_rows("grouped_gemm: row_slot", a, row_slot, slot_row ? slot_row->size(1) : 1);
+  const auto w = with_unit_stride(weight), starts = as_contiguous(offsets);
+  const auto b = as_contiguous(bias);
+  auto out = empty({rows.count, w.size(1)}, a.scalar_type(), a);
+  grouped_gemm({.a = rows.operand,
+                .weight = expert_weights(w),
+                .offsets = int32s(starts),
+                .num_experts = w.size(0),
+                .num_rows = rows.count,
+                .n = w.size(1),
+                .k = w.size(2),
+                .bias = vector(b),
+                .out = matrix(out)},
+               Device(a));
+  return out;
+}
+
+void weight_grad(const Tensor& out, bool accumulate, const Tensor& grad, const Tensor& a, const Tensor& offsets,
+                 const OptionalTensor& row_slot, int64_t width) {
+  expect_offsets("grouped_gemm_weight_grad: offsets", offsets, out.size(0));
+  expect_type("grouped_gemm_weight_grad: a", a, grad.scalar_type());
+  const auto rows = read_rows("grouped_gemm_weight_grad: row_slot", a, row_slot, width);
+  STD_TORCH_CHECK(rows.count == grad.size(0), "grouped_gemm_weight_grad: grad and a have different numbers of rows");
+  const auto g = with_unit_rows(grad), starts = as_contiguous(offsets);
+  grouped_gemm_weight_grad({.grad = rows_of(g),
+                            .a = rows.operand,
+                            .offsets = int32s(starts),
+                            .num_experts = out.size(0),
+                            .num_rows = rows.count,
+                            .n = grad.size(1),
+                            .k = a.size(1),
+                            .out = out.data_ptr(),
+                            .out_dtype = dtype_of(out),
+                            .accumulate = accumulate},
+                           Device(grad));
+}
+
+Tensor grouped_gemm_weight_grad_op(const Tensor& grad, const Tensor& a, const Tensor& offsets,
+                                   const OptionalTensor& row_slot, int64_t width, ScalarType dtype) {
+  expect_shape("grouped_gemm_weight_grad: grad", grad, {-1, -1});
+  expect_shape("grouped_gemm_weight_grad: a", a, {-1, -1});
+  expect_shape("grouped_gemm_weight_grad: offsets", offsets, {-1});
+  STD_TORCH_CHECK(offsets.size(0) > 0, "grouped_gemm_weight_grad: offsets is empty");
+  auto out = empty({offsets.size(0) - 1, grad.size(1), a.size(1)}, dtype, grad);
+  weight_grad(out, false, grad, a, offsets, row_slot, width);
+  return out;
+}
+
+void grouped_gemm_weight_grad_accumulate_op(const Tensor& out, const Tensor& grad, const Tensor& a,
+                                            const Tensor& offsets, const OptionalTensor& row_slot, int64_t width) {
+  expect_shape("grouped_gemm_weight_grad_: grad", grad, {-1, -1});
+  expect_shape("grouped_gemm_weight_grad_: a", a, {-1, -1});
+  expect_shape("grouped_gemm_weight_grad_: out", out, {-1, grad.size(1), a.size(1)});
+  STD_TORCH_CHECK(out.is_contiguous(), "grouped_gemm_weight_grad_: out is not contiguous");
+  weight_grad(out, true, grad, a, offsets, row_slot, width);
+}
+
+Tensor grouped_gemm_bias_grad_op(const Tensor& grad, const Tensor& offsets, ScalarType dtype) {
+  expect_shape("grouped_gemm_bias_grad: grad", grad, {-1, -1});
+  expect_shape("grouped_gemm_bias_grad: offsets", offsets, {-1});
+  STD_TORCH_CHECK(offsets.size(0) > 0, "grouped_gemm_bias_grad: offsets is empty");
+  expect_type("grouped_gemm_bias_grad: offsets", offsets, ScalarType::Int);
+  const auto g = with_unit_rows(grad), starts = as_contiguous(offsets);
+  const int64_t num_experts = offsets.size(0) - 1;
+  auto out = empty({num_experts, grad.size(1)}, dtype, grad);
+  grouped_gemm_bias_grad({.grad = rows_of(g),
+                          .offsets = int32s(starts),
+                          .num_experts = num_experts,
+                          .num_rows = grad.size(0),
+                          .n = grad.size(1),
+                          .out = out.data_ptr(),
+                          .out_dtype = dtype_of(out)},
+                         Device(grad));
+  return out;
+}
+
+const Register kGroupedGemm("grouped_gemm", TORCH_BOX(&grouped_gemm_op));
+const Register kWeightGrad("grouped_gemm_weight_grad", TORCH_BOX(&grouped_gemm_weight_grad_op));
+const Register kWeightGradAccumulate("grouped_gemm_weight_grad_", TORCH_BOX(&grouped_gemm_weight_grad_accumulate_op));
+const Register kBiasGrad("grouped_gemm_bias_grad", TORCH_BOX(&grouped_gemm_bias_grad_op));
+
+}  // namespace
+
+}  // namespace moe

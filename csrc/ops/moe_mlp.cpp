@@ -1,0 +1,232 @@
+// The path from tokens to tokens: GEMM with the activation in its epilogue, GEMM, combine; rows of x are read where
+// they lie, no permuted copy is made. Kept for the backward: the pre-activation, and nothing else that is not an input.
+#include "ops/gemm_operands.h"
+
+namespace moe {
+
+namespace {
+
+// What forward and backward read alike.
+struct Layer {
+  Tensor x, weights, w_in, w_out, offsets, row_slot, slot_row;  // as the stages want them
+  int64_t tokens, hidden, num_experts, rows, inner, pre_cols, width;
+  Activation activation;
+  bool weight_on_input;
+
+  Vector score() const { return {.data = weights.data_ptr(), .dtype = dtype_of(weights)}; }
+  Vector on_input() const { return weight_on_input ? score() : Vector{}; }
+  Vector on_output() const { return weight_on_input ? Vector{} : score(); }
+};
+
+Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Tensor& w_out, const Tensor& offsets,
+            const Tensor& row_slot, const Tensor& slot_row, int64_t act, bool gated, bool interleaved, double alpha,
+            double limit, double up_offset, bool weight_on_input) {
+  expect_shape("moe_mlp: x", x, {-1, -1});
+  expect_weights("moe_mlp: w_in", w_in, x, -1, x.size(1));
+  const int64_t num_experts = w_in.size(0), inner = gated ? w_in.size(1) / 2 : w_in.size(1);
+  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "moe_mlp: w_in has an odd number of rows");
+  expect_weights("moe_mlp: w_out", w_out, x, x.size(1), inner);
+  STD_TORCH_CHECK(w_out.size(0) == num_experts, "moe_mlp: w_in and w_out have different numbers of experts");
+  expect_offsets("moe_mlp: offsets", offsets, num_experts);
+  expect_row_slot("moe_mlp: row_slot", row_slot, x.size(0));
+  expect_map("moe_mlp: slot_row", slot_row, {x.size(0), -1});
+  expect_shape("moe_mlp: weights", weights, {x.size(0), slot_row.size(1)});
+  STD_TORCH_CHECK(slot_row.size(1) > 0 || row_slot.size(0) == 0, "moe_mlp: slot_row has no columns");
+  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::relu2), "moe_mlp: unknown activation");
+  return {.x = with_unit_rows(x),
+          .weights = as_contiguous(weights),
+          .w_in = with_unit_stride(w_in),
+          .w_out = with_unit_stride(w_out),
+          .offsets = as_contiguous(offsets),
+          .row_slot = as_contiguous(row_slot),
+          .slot_row = as_contiguous(slot_row),
+          .tokens = x.size(0),
+          .hidden = x.size(1),
+          .num_experts = num_experts,
+          .rows = row_slot.size(0),
+          .inner = inner,
+          .pre_cols = w_in.size(1),
+          .width = slot_row.size(1),
+          .activation = {Act(act), gated, interleaved, alpha, limit, up_offset},
+          .weight_on_input = weight_on_input};
+}
+
+// y[t] = sum over the rows of token t, times their weights where given.
+Tensor combine_rows(const Layer& m, const Tensor& rows, Vector weights) {
+  auto y = empty({m.tokens, m.hidden}, rows.scalar_type(), rows);
+  combine({.rows = matrix(rows),
+           .weights = weights,
+           .slot_row = int32s(m.slot_row),
+           .tokens = m.tokens,
+           .width = m.width,
+           .num_rows = m.rows,
+           .hidden = m.hidden,
+           .y = matrix(y)},
+          Device(rows));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Tensor& w_out,
+                                      const OptionalTensor& b_in, const OptionalTensor& b_out, const Tensor& offsets,
+                                      const Tensor& row_slot, const Tensor& slot_row, int64_t activation, bool gated,
+                                      bool interleaved, double alpha, double limit, double up_offset,
+                                      bool weight_on_input, bool keep_pre) {
+  const Layer m = layer(x, weights, w_in, w_out, offsets, row_slot, slot_row, activation, gated, interleaved, alpha,
+                        limit, up_offset, weight_on_input);
+  const auto bias_in = as_contiguous(b_in), bias_out = as_contiguous(b_out);
+  if (b_in) expect_shape("moe_mlp: b_in", *b_in, {m.num_experts, m.pre_cols});
+  if (b_out) expect_shape("moe_mlp: b_out", *b_out, {m.num_experts, m.hidden});
+  const Device device(x);
+
+  auto pre = keep_pre ? empty({m.rows, m.pre_cols}, x.scalar_type(), x) : empty({0}, x.scalar_type(), x);
+  auto inner = empty({m.rows, m.inner}, x.scalar_type(), x);
+  grouped_gemm({.a = gathered(m.x, m.row_slot, m.width, m.on_input()),
+                .weight = expert_weights(m.w_in),
+                .offsets = int32s(m.offsets),
+                .num_experts = m.num_experts,
+                .num_rows = m.rows,
+                .n = m.pre_cols,
+                .k = m.hidden,
+                .bias = vector(bias_in),
+                .epilogue = Epilogue::activate,
+                .activation = m.activation,
+                .out = matrix(inner),
+                .pre = keep_pre ? matrix(pre) : Matrix{}},
+               device);
+
+  auto rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
+  grouped_gemm({.a = rows_of(inner),
+                .weight = expert_weights(m.w_out),
+                .offsets = int32s(m.offsets),
+                .num_experts = m.num_experts,
+                .num_rows = m.rows,
+                .n = m.hidden,
+                .k = m.inner,
+                .bias = vector(bias_out),
+                .out = matrix(rows)},
+               device);
+  return {combine_rows(m, rows, m.on_output()), pre};
+}
+
+// out[e] = grad^T . a over the rows of e
+Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows& a, int64_t n, int64_t k,
+                   ScalarType dtype) {
+  auto out = empty({m.num_experts, n, k}, dtype, m.x);
+  grouped_gemm_weight_grad({.grad = grad,
+                            .a = a,
+                            .offsets = int32s(m.offsets),
+                            .num_experts = m.num_experts,
+                            .num_rows = m.rows,
+                            .n = n,
+                            .k = k,
+                            .out = out.data_ptr(),
+                            .out_dtype = dtype_of(out)},
+                           Device(m.x));
+  return out;
+}
+
+Tensor bias_grad(const Layer& m, const GatheredRows& grad, int64_t n, ScalarType dtype) {
+  auto out = empty({m.num_experts, n}, dtype, m.x);
+  grouped_gemm_bias_grad({.grad = grad,
+                          .offsets = int32s(m.offsets),
+                          .num_experts = m.num_experts,
+                          .num_rows = m.rows,
+                          .n = n,
+                          .out = out.data_ptr(),
+                          .out_dtype = dtype_of(out)},
+                         Device(m.x));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
+    const Tensor& grad_y, const Tensor& x, const Tensor& pre, const Tensor& weights, const Tensor& w_in,
+    const Tensor& w_out, const OptionalTensor& b_out, const Tensor& offsets, const Tensor& row_slot,
+    const Tensor& slot_row, int64_t activation, bool gated, bool interleaved, double alpha, double limit,
+    double up_offset, bool weight_on_input, std::optional<ScalarType> b_in_dtype, bool need_x, bool need_weights,
+    bool need_w_in, bool need_w_out, bool need_b_out) {
+  const Layer m = layer(x, weights, w_in, w_out, offsets, row_slot, slot_row, activation, gated, interleaved, alpha,
+                        limit, up_offset, weight_on_input);
+  expect_shape("moe_mlp_backward: grad_y", grad_y, {m.tokens, m.hidden});
+  expect_type("moe_mlp_backward: grad_y", grad_y, x.scalar_type());
+  expect_type("moe_mlp_backward: pre", pre, x.scalar_type());
+  if (b_out) expect_shape("moe_mlp_backward: b_out", *b_out, {m.num_experts, m.hidden});
+  const Device device(x);
+  const auto dy = with_unit_rows(grad_y), h = as_contiguous(pre);
+  const auto bias_out = as_contiguous(b_out);
+  const auto none = [&](const Tensor& like) { return empty({0}, like.scalar_type(), x); };
+  const auto gathered_dy = gathered(dy, m.row_slot, m.width);
+
+  // dA' = dY . W_out, and from it s A, dH and the score gradient
+  auto inner = empty({m.rows, m.inner}, x.scalar_type(), x);
+  auto grad_pre = empty({m.rows, m.pre_cols}, x.scalar_type(), x);
+  const bool need_score = need_weights && !weight_on_input;
+  auto grad_score = need_score ? empty({m.tokens, m.width}, compute_type(x), x) : none(x);
+  if (need_x || need_weights || need_w_in || need_w_out || b_in_dtype) {
+    expect_shape("moe_mlp_backward: pre", pre, {m.rows, m.pre_cols});
+    grouped_gemm({.a = gathered_dy,
+                  .weight = expert_weights(m.w_out, /*transposed=*/true),
+                  .offsets = int32s(m.offsets),
+                  .num_experts = m.num_experts,
+                  .num_rows = m.rows,
+                  .n = m.inner,
+                  .k = m.hidden,
+                  .epilogue = Epilogue::activate_backward,
+                  .activation = m.activation,
+                  .out = matrix(inner),
+                  .pre = matrix(h),
+                  .grad_pre = matrix(grad_pre),
+                  .score = m.on_output(),
+                  .score_bias = need_score ? vector(bias_out) : Vector{},
+                  .grad_score = need_score ? grad_score.data_ptr() : nullptr},
+                 device);
+  }
+
+  const Tensor grad_w_out =
+      need_w_out ? weight_grad(m, gathered_dy, rows_of(inner), m.hidden, m.inner, w_out.scalar_type()) : none(w_out);
+  const Tensor grad_b_out =
+      need_b_out ? bias_grad(m, gathered(dy, m.row_slot, m.width, m.on_output()), m.hidden, b_out->scalar_type())
+                 : none(b_out ? *b_out : w_out);
+  const Tensor grad_w_in = need_w_in
+                               ? weight_grad(m, rows_of(grad_pre), gathered(m.x, m.row_slot, m.width, m.on_input()),
+                                             m.pre_cols, m.hidden, w_in.scalar_type())
+                               : none(w_in);
+  const Tensor grad_b_in = b_in_dtype ? bias_grad(m, rows_of(grad_pre), m.pre_cols, *b_in_dtype) : none(w_in);
+
+  Tensor grad_x = none(x);
+  Tensor grad_weights = need_score ? torch::stable::to(grad_score, weights.scalar_type()) : none(weights);
+  if (need_x || (need_weights && weight_on_input)) {
+    auto grad_rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
+    grouped_gemm({.a = rows_of(grad_pre),
+                  .weight = expert_weights(m.w_in, /*transposed=*/true),
+                  .offsets = int32s(m.offsets),
+                  .num_experts = m.num_experts,
+                  .num_rows = m.rows,
+                  .n = m.hidden,
+                  .k = m.pre_cols,
+                  .out = matrix(grad_rows)},
+                 device);
+    if (need_x) grad_x = combine_rows(m, grad_rows, m.on_input());
+    if (need_weights && weight_on_input) {  // d(s x) = dX', so ds = <x, dX'>
+      grad_weights = empty({m.tokens, m.width}, weights.scalar_type(), x);
+      combine_backward({.grad_y = matrix(m.x),
+                        .rows = matrix(grad_rows),
+                        .weights = m.score(),
+                        .row_slot = int32s(m.row_slot),
+                        .slot_row = int32s(m.slot_row),
+                        .tokens = m.tokens,
+                        .width = m.width,
+                        .num_rows = m.rows,
+                        .hidden = m.hidden,
+                        .grad_weights = grad_weights.data_ptr()},
+                       device);
+    }
+  }
+  return {grad_x, grad_weights, grad_w_in, grad_w_out, grad_b_in, grad_b_out};
+}
+
+const Register kMoeMlp("moe_mlp", TORCH_BOX(&moe_mlp_op));
+const Register kMoeMlpBackward("moe_mlp_backward", TORCH_BOX(&moe_mlp_backward_op));
+
+}  // namespace
+
+}  // namespace moe

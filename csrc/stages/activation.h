@@ -1,0 +1,81 @@
+// The activation between the two GEMMs and its derivative, shared by all devices. M is what a device computes with:
+// M::V a value or a vector of values, and constant, exp, tanh, erf, sigmoid, select(mask, a, b) on it; MOE_INLINE marks
+// its functions.
+#pragma once
+
+#include "stages/params.h"
+
+namespace moe {
+
+template <class M>
+struct ActivationMath {
+  using V = typename M::V;
+
+  struct Slope {
+    V value, derivative;
+  };
+
+  // f(z), and f'(z) where asked for.
+  template <bool derivative>
+  static MOE_INLINE Slope act(const Activation& activation, V z) {
+    const V one = M::constant(1), half = M::constant(0.5);
+    switch (activation.act) {
+      case Act::silu: {
+        const V alpha = M::constant(activation.alpha);
+        const V sigma = M::sigmoid(alpha * z);
+        const V value = z * sigma;
+        if constexpr (!derivative) return {value, value};
+        return {value, sigma + alpha * value * (one - sigma)};
+      }
+      case Act::gelu: {
+        const V cdf = half * (one + M::erf(z * M::constant(0.70710678118654752440)));
+        if constexpr (!derivative) return {z * cdf, cdf};
+        const V pdf = M::constant(0.39894228040143267794) * M::exp(-half * z * z);
+        return {z * cdf, cdf + z * pdf};
+      }
+      case Act::gelu_tanh: {  // Hendrycks & Gimpel 2016: 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
+        const V root = M::constant(0.79788456080286535588), cubic = M::constant(0.044715), square = z * z;
+        const V t = M::tanh(root * z * (one + cubic * square));
+        const V cdf = half * (one + t);
+        if constexpr (!derivative) return {z * cdf, cdf};
+        return {z * cdf, cdf + half * z * (one - t * t) * root * (one + M::constant(3) * cubic * square)};
+      }
+      case Act::relu: {
+        const V zero = M::constant(0);
+        return {M::select(z <= zero, zero, z), M::select(z <= zero, zero, one)};
+      }
+      case Act::relu2: {  // relu(z)^2
+        const V zero = M::constant(0), r = M::select(z <= zero, zero, z);
+        return {r * r, r + r};
+      }
+    }
+    __builtin_unreachable();
+  }
+
+  // act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset); up is ignored when plain.
+  static MOE_INLINE V forward(const Activation& activation, V gate, V up) {
+    const V limit = M::constant(activation.limit);
+    const V value = act<false>(activation, M::select(gate > limit, limit, gate)).value;
+    return activation.gated ? value * (clamp(up, limit) + M::constant(activation.up_offset)) : value;
+  }
+
+  struct Gradient {
+    V value, gate, up;
+  };
+
+  // The value, and its derivatives by gate and by up times `grad`.
+  static MOE_INLINE Gradient backward(const Activation& activation, V gate, V up, V grad) {
+    const V limit = M::constant(activation.limit), zero = M::constant(0);
+    const Slope slope = act<true>(activation, M::select(gate > limit, limit, gate));
+    const V derivative = M::select(gate > limit, zero, slope.derivative);
+    if (!activation.gated) return {slope.value, grad * derivative, zero};
+    const V factor = clamp(up, limit) + M::constant(activation.up_offset);
+    const V inside = M::select(up > limit, zero, M::select(up < -limit, zero, slope.value));
+    return {slope.value * factor, grad * derivative * factor, grad * inside};
+  }
+
+ private:
+  static MOE_INLINE V clamp(V x, V limit) { return M::select(x > limit, limit, M::select(x < -limit, -limit, x)); }
+};
+
+}  // namespace moe
