@@ -1,0 +1,37 @@
+"""Mixture-of-Experts operators for PyTorch: everything between a router's logits and the combined output of the layer.
+
+    logits --route--> weights, experts --plan--> offsets, row_slot, slot_row
+    x --permute--> rows --grouped_gemm--> inner --grouped_gemm--> rows --combine--> y
+
+dispatch is plan and permute; moe_mlp is the fused path from tokens to tokens.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from moe_ops import losses, nn, reference
+from moe_ops.functional import dispatch, moe_mlp
+from moe_ops.ops import combine, grouped_gemm, permute, plan, route
+from moe_ops.types import Plan, RouteResult
+
+from moe_ops import _C as _C  # isort: skip  # after ops, which loads the libraries it needs
+
+try:
+    __version__ = version("torch-moe-ops")
+except PackageNotFoundError:
+    __version__ = "0.0.0"  # compiled in place, not installed
+
+__all__ = [
+    "Plan",
+    "RouteResult",
+    "__version__",
+    "combine",
+    "dispatch",
+    "grouped_gemm",
+    "losses",
+    "moe_mlp",
+    "nn",
+    "permute",
+    "plan",
+    "reference",
+    "route",
+]

@@ -1,0 +1,187 @@
+"""Gradients of the operators: what each keeps for backward and which operator computes it.
+
+Backward reuses forward where it can: permute and combine without weights are each other's gradient, and the gradient of
+grouped_gemm's rows is grouped_gemm with transposed weights. The operators that exist for backward alone have no
+gradient of their own, and say so when one is asked for. torch.vmap over any operator is refused.
+
+Integer outputs carry no gradient. Only gradients that are needed are computed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from moe_ops.library import OPERATORS
+
+# The operators of backward and the public function each belongs to.
+BACKWARD_OF = {
+    "route_backward": "route",
+    "grouped_gemm_weight_grad": "grouped_gemm",
+    "grouped_gemm_bias_grad": "grouped_gemm",
+    "combine_backward": "combine",
+    "moe_mlp_backward": "moe_mlp",
+}
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def register() -> None:
+    """Registers the gradients and refusals of every operator."""
+    for name, (keep, backward) in FORMULAS.items():
+        torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=keep)
+    for name in BACKWARD_OF:
+        torch.library.register_autograd(f"moe_ops::{name}", _refuse_backward(name))
+    for name in OPERATORS:
+        torch.library.register_vmap(f"moe_ops::{name}", _refuse_vmap(name))
+
+
+def _refuse_backward(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"moe_ops::{name} has no gradient: {BACKWARD_OF[name]} cannot be differentiated twice "
+            "(double backward, create_graph=True)"
+        )
+
+    return backward
+
+
+def _refuse_vmap(name: str) -> Callable[..., NoReturn]:
+    def rule(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"moe_ops::{name} does not support torch.vmap: "
+            "fold the batch into the tokens, which the operators take in any number"
+        )
+
+    return rule
+
+
+def _keep_route(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, _, score, _, expert_scale, _, _, _, _, *weighing, stats, segments, num_segments = inputs
+    _, experts, counts, mean_prob, logsumexp = output
+    ctx.save_for_backward(logits, experts, expert_scale, segments)
+    ctx.score, ctx.weighing, ctx.num_segments = score, weighing, num_segments
+    ctx.mark_non_differentiable(experts, counts, *(() if stats else (mean_prob, logsumexp)))
+    ctx.set_materialize_grads(False)
+
+
+def _route_backward(
+    ctx: Any,
+    grad_weights: Tensor | None,
+    _experts: None,
+    _counts: None,
+    grad_mean: Tensor | None,
+    grad_lse: Tensor | None,
+) -> Gradients:
+    grads: list[Tensor | None] = [None] * 17
+    if grad_weights is None and grad_mean is None and grad_lse is None:
+        return tuple(grads)
+    logits, experts, expert_scale, segments = ctx.saved_tensors
+    grad_logits, grad_scale = torch.ops.moe_ops.route_backward(
+        grad_weights, grad_mean, grad_lse, logits, experts, ctx.score, expert_scale, *ctx.weighing, segments,
+        ctx.num_segments,
+    )  # fmt: skip
+    if ctx.needs_input_grad[0]:
+        grads[0] = grad_logits
+    if ctx.needs_input_grad[4]:
+        grads[4] = grad_scale
+    return tuple(grads)
+
+
+def _keep_permute(ctx: Any, inputs: Any, output: Any) -> None:
+    _, row_slot, slot_row = inputs
+    ctx.save_for_backward(row_slot, slot_row)
+
+
+def _permute_backward(ctx: Any, grad: Tensor) -> Gradients:
+    row_slot, slot_row = ctx.saved_tensors
+    return torch.ops.moe_ops.combine(grad, None, row_slot, slot_row), None, None
+
+
+def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:
+    a, weight, offsets, bias, row_slot, slot_row = inputs
+    need_a, need_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if need_weight else None, weight if need_a else None, offsets, row_slot, slot_row)
+    ctx.weight_dtype = weight.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.main_grad = getattr(weight, "main_grad", None) if need_weight else None
+
+
+def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> Gradients:
+    ops = torch.ops.moe_ops
+    a, weight, offsets, row_slot, slot_row = ctx.saved_tensors
+    grad_a = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_a = ops.grouped_gemm(grad, weight.transpose(1, 2), offsets, None, None, None)
+        if row_slot is not None:
+            grad_a = ops.combine(grad_a, None, row_slot, slot_row)
+    if ctx.needs_input_grad[1]:
+        width = 1 if slot_row is None else slot_row.shape[1]
+        if ctx.main_grad is None:
+            grad_weight = ops.grouped_gemm_weight_grad(grad, a, offsets, row_slot, width, ctx.weight_dtype)
+        else:
+            ops.grouped_gemm_weight_grad_(ctx.main_grad, grad, a, offsets, row_slot, width)
+    if ctx.needs_input_grad[3]:
+        grad_bias = ops.grouped_gemm_bias_grad(grad, offsets, ctx.bias_dtype)
+    return grad_a, grad_weight, None, grad_bias, None, None
+
+
+def _keep_combine(ctx: Any, inputs: Any, output: Any) -> None:
+    rows, weights, row_slot, slot_row = inputs
+    ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, row_slot, slot_row)
+
+
+def _combine_backward(ctx: Any, grad: Tensor) -> Gradients:
+    rows, weights, row_slot, slot_row = ctx.saved_tensors
+    need_rows, need_weights = ctx.needs_input_grad[:2]
+    if weights is None:
+        return torch.ops.moe_ops.permute(grad, row_slot, slot_row), None, None, None
+    grad_rows, grad_weights = torch.ops.moe_ops.combine_backward(
+        grad, rows, weights, row_slot, slot_row, need_rows, need_weights
+    )
+    return grad_rows if need_rows else None, grad_weights if need_weights else None, None, None
+
+
+def _keep_moe_mlp(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, *options, keep_pre = inputs
+    pre = output[1]
+    ctx.save_for_backward(x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row)
+    ctx.options = options
+    ctx.b_in_dtype = None if b_in is None else b_in.dtype
+    ctx.keep_pre = keep_pre
+    ctx.mark_non_differentiable(pre)
+    ctx.set_materialize_grads(False)
+
+
+def _moe_mlp_backward(ctx: Any, grad_y: Tensor | None, _pre: None) -> Gradients:
+    nothing = (None,) * 11
+    if grad_y is None:
+        return (None,) * 6 + nothing
+    if not ctx.keep_pre:
+        raise RuntimeError("moe_ops::moe_mlp kept no pre-activation for backward: call it with keep_pre=True")
+    need_x, need_weights, need_w_in, need_w_out, need_b_in, need_b_out = ctx.needs_input_grad[:6]
+    x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row = ctx.saved_tensors
+    grad_x, grad_weights, grad_w_in, grad_w_out, grad_b_in, grad_b_out = torch.ops.moe_ops.moe_mlp_backward(
+        grad_y, x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row, *ctx.options,
+        ctx.b_in_dtype if need_b_in else None, need_x, need_weights, need_w_in, need_w_out, need_b_out,
+    )  # fmt: skip
+    return (
+        grad_x if need_x else None,
+        grad_weights if need_weights else None,
+        grad_w_in if need_w_in else None,
+        grad_w_out if need_w_out else None,
+        grad_b_in if need_b_in else None,
+        grad_b_out if need_b_out else None,
+        *nothing,
+    )
+
+
+# What each keeps, and its backward.
+FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Gradients]]] = {
+    "route": (_keep_route, _route_backward),
+    "permute": (_keep_permute, _permute_backward),
+    "grouped_gemm": (_keep_grouped_gemm, _grouped_gemm_backward),
+    "combine": (_keep_combine, _combine_backward),
+    "moe_mlp": (_keep_moe_mlp, _moe_mlp_backward),
+}

@@ -1,0 +1,120 @@
+"""What is composed of the five verbs: dispatch, from tokens to rows, and moe_mlp, from tokens to tokens."""
+
+import torch
+from torch import Tensor
+
+from moe_ops import autocast, checks, ops
+from moe_ops.types import Plan
+
+
+def dispatch(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    drop_policy: str = "position",
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Plan]:
+    """Plans, then permutes: the tokens' rows in expert order, and the plan that combine takes back.
+
+    Args:
+        x: [T, H], any dtype.
+        experts, num_experts, capacity, drop_policy, weights: as plan takes them.
+
+    Returns:
+        (rows [R, H], plan).
+
+    Raises:
+        TypeError, ValueError: as plan and permute.
+    """
+    plan = ops.plan(experts, num_experts, capacity=capacity, drop_policy=drop_policy, weights=weights)
+    return ops.permute(x, plan), plan
+
+
+def moe_mlp(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor | None,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    layout: str = "concatenated",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+    weight_on: str = "output",
+    capacity: int | None = None,
+    drop_policy: str = "position",
+    plan: Plan | None = None,
+) -> Tensor:
+    """Applies the experts' feed-forward layers: y[t] = sum over k of weights[t, k] * mlp of experts[t, k] (x[t]).
+
+    mlp(x) = inner @ w_out[e].T + b_out[e], where inner = act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)
+    and [gate, up] = x @ w_in[e].T + b_in[e]; plain (gated=False): inner = act(min(x @ w_in[e].T + b_in[e], limit)).
+    Shazeer 2020 (arXiv:2002.05202); the clamped form is GPT-OSS's: silu, alpha=1.702, limit=7, up_offset=1,
+    interleaved.
+
+    No permuted copy of x is stored. For backward x and the pre-activation [R, 2I] ([R, I] when plain) are kept, beside
+    the arguments and the plan; the pre-activation is written only when a gradient will be needed. Sums in float32
+    (float64 for float64); inner is rounded once to the dtype of x. Under autocast x goes to the autocast dtype.
+
+    Args:
+        x: [T, H], any float dtype.
+        weights: [T, K], any float dtype.
+        experts: [T, K] int32 or int64; ids outside 0..E-1 are dropped slots. May be None where a plan is given.
+        w_in: [E, 2I, H], or [E, I, H] when plain; the dtype of x, or float32 under bfloat16 and float16 (rounded to the
+            dtype of x; the gradient is float32).
+        w_out: [E, H, I], dtype as w_in.
+        activation: "silu" (z * sigmoid(alpha * z)), "gelu", "gelu_tanh", "relu" or "relu2" (relu squared).
+        gated: whether w_in holds gates and ups.
+        b_in: [E, 2I] or [E, I], dtype as w_in.
+        b_out: [E, H], dtype as w_in.
+        layout: "concatenated": all gates stand before all ups; "interleaved": they alternate. Ignored when plain.
+        alpha: of silu.
+        limit: clamps the gate from above and the up from both sides; None: no limit.
+        up_offset: added to the up.
+        weight_on: "output": weights multiply the experts' outputs; "input": the experts' inputs (Llama 4).
+        capacity, drop_policy: as plan takes them; "probability" reads weights.
+        plan: of these tokens; supersedes experts, and capacity must then be None.
+
+    Returns:
+        [T, H], the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+    """
+    checks.no_tangents("moe_mlp", x, weights, w_in, w_out, b_in, b_out)
+    x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
+    checks.flag("moe_mlp", "gated", gated)
+    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
+    act = checks.option("moe_mlp", "activation", activation, checks.ACTIVATIONS)
+    interleaved = bool(checks.option("moe_mlp", "layout", layout, checks.LAYOUTS))
+    alpha = checks.number("moe_mlp", "alpha", alpha)
+    bound = float("inf") if limit is None else checks.number("moe_mlp", "limit", limit, positive=True)
+    up_offset = checks.number("moe_mlp", "up_offset", up_offset)
+    weight_on_input = bool(checks.option("moe_mlp", "weight_on", weight_on, checks.WEIGHT_ON))
+    policy = checks.option("moe_mlp", "drop_policy", drop_policy, checks.DROP_POLICIES)
+    if plan is None:
+        checks.mlp_experts(x, weights, w_in, experts, capacity)
+        if not torch.compiler.is_compiling():
+            checks.slots("moe_mlp", experts)
+        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, weights)
+    else:
+        checks.is_plan("moe_mlp", "plan", plan)
+        if capacity is not None:
+            raise ValueError(f"moe_mlp: capacity must be None where a plan is given, got {capacity}")
+        offsets, row_slot, slot_row, _ = plan
+        checks.mlp_plan(weights, w_in, offsets, row_slot, slot_row)
+    operands = (x, weights, w_in, w_out, b_in, b_out)
+    keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    y: Tensor
+    y, _ = torch.ops.moe_ops.moe_mlp(
+        x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated, interleaved, alpha, bound,
+        up_offset, weight_on_input, keep_pre,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,127 @@
+"""Experts: the weights of E small networks in two stacked tensors, applied by `moe_ops.moe_mlp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_ops import autocast, checks, functional, reference
+from moe_ops.types import Plan
+
+
+class Experts(torch.nn.Module):
+    """num_experts feed-forward networks, hidden -> inner -> hidden, of which every token sees those it is routed to.
+
+    A call is plan, permute, grouped_gemm, activation, grouped_gemm, combine, fused: see `moe_ops.moe_mlp`.
+
+    Args:
+        num_experts, hidden, inner: sizes; w_in is [num_experts, 2 * inner, hidden] (gate rows, then up rows;
+            [num_experts, inner, hidden] when not gated) and w_out [num_experts, hidden, inner].
+        activation, gated, layout, alpha, limit, up_offset, weight_on: as in `moe_ops.moe_mlp`.
+        bias: adds learned biases b_in [num_experts, 2 * inner or inner] and b_out [num_experts, hidden].
+        impl: "moe_ops" for the fused operators, "naive" for `moe_ops.reference`, the same formula in plain PyTorch.
+
+    Every expert starts as `torch.nn.Linear` would: weights uniform within 1/sqrt(fan-in), drawn from torch's generator;
+    biases start at zero.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        inner: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        layout: str = "concatenated",
+        alpha: float = 1.0,
+        limit: float | None = None,
+        up_offset: float = 0.0,
+        weight_on: str = "output",
+        impl: str = "moe_ops",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("num_experts", num_experts), ("hidden", hidden), ("inner", inner)):
+            if size < 1:
+                raise ValueError(f"Experts: {name} must be at least 1, got {size}")
+        if impl not in ("moe_ops", "naive"):
+            raise ValueError(f"Experts: impl must be 'moe_ops' or 'naive', got {impl!r}")
+        checks.option("Experts", "activation", activation, checks.ACTIVATIONS)
+        checks.option("Experts", "layout", layout, checks.LAYOUTS)
+        checks.option("Experts", "weight_on", weight_on, checks.WEIGHT_ON)
+        self.num_experts, self.hidden, self.inner = num_experts, hidden, inner
+        self.activation, self.gated, self.layout = activation, gated, layout
+        self.alpha, self.limit, self.up_offset = alpha, limit, up_offset
+        self.weight_on, self.impl = weight_on, impl
+
+        def parameter(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        pre = 2 * inner if gated else inner
+        self.w_in = parameter(num_experts, pre, hidden)
+        self.w_out = parameter(num_experts, hidden, inner)
+        self.b_in = parameter(num_experts, pre) if bias else None
+        self.b_out = parameter(num_experts, hidden) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew; biases become zero."""
+        for weight in (self.w_in, self.w_out):
+            bound = weight.shape[-1] ** -0.5
+            torch.nn.init.uniform_(weight, -bound, bound)
+        for bias in (self.b_in, self.b_out):
+            if bias is not None:
+                torch.nn.init.zeros_(bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        *,
+        capacity: int | None = None,
+        drop_policy: str = "position",
+        plan: Plan | None = None,
+    ) -> Tensor:
+        """y[t] = sum over k of weights[t, k] · expert experts[t, k] of x[t].
+
+        Args:
+            x: tokens [tokens, hidden].
+            weights, experts: [tokens, top_k], as a Router returns them.
+            capacity, drop_policy: rows per expert, and which slots are dropped beyond it, as in `moe_ops.plan`.
+            plan: a plan of these experts made before; it supersedes experts and capacity.
+
+        Returns:
+            y [tokens, hidden] in x's dtype.
+        """
+        if self.impl == "moe_ops":
+            moe_mlp = functional.moe_mlp
+        else:
+            moe_mlp = reference.moe_mlp
+            (x,) = autocast.operands(x)
+        return moe_mlp(
+            x,
+            weights,
+            experts,
+            self.w_in,
+            self.w_out,
+            activation=self.activation,
+            gated=self.gated,
+            b_in=self.b_in,
+            b_out=self.b_out,
+            layout=self.layout,
+            alpha=self.alpha,
+            limit=self.limit,
+            up_offset=self.up_offset,
+            weight_on=self.weight_on,
+            capacity=capacity,
+            drop_policy=drop_policy,
+            plan=plan,
+        )
+
+    def extra_repr(self) -> str:
+        kind = f"activation={self.activation!r}, gated={self.gated}, bias={self.b_in is not None}, impl={self.impl!r}"
+        return f"num_experts={self.num_experts}, hidden={self.hidden}, inner={self.inner}, {kind}"

@@ -1,0 +1,139 @@
+"""MoE: a Mixture-of-Experts layer in place of a transformer's feed-forward block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from moe_ops import checks
+from moe_ops.nn.experts import Experts
+from moe_ops.nn.router import Router
+from moe_ops.types import RouteResult
+
+
+class MoE(torch.nn.Module):
+    """y = sum over the top_k experts of x of weight · expert(x), and a shared expert's output if there is one.
+
+    Args:
+        hidden, inner, num_experts, top_k: sizes; inner is that of one expert.
+        router: the options of a `Router` as a mapping, or a Router made before.
+        shared_inner: inner size of a shared expert that every token sees; 0 for none.
+        shared_gate: weighs the shared expert's output by sigmoid(linear(x)) per token (Qwen2-MoE).
+        latent: the routed experts work on a projection of x to this size, and their sum is projected back; router and
+            shared expert see x itself.
+        capacity_factor: every expert takes at most ceil(capacity_factor · tokens · top_k / num_experts) rows, the rest
+            of its slots are dropped (Fedus et al. 2022); None for no limit.
+        drop_policy: which slots are dropped, as in `moe_ops.plan`.
+        options: every further keyword is an option of `Experts` (activation, gated, bias, impl, ...), for the routed
+            and the shared expert alike; weight_on is that of the routed ones.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        inner: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        router: Router | Mapping[str, Any] | None = None,
+        shared_inner: int = 0,
+        shared_gate: bool = False,
+        latent: int | None = None,
+        capacity_factor: float | None = None,
+        drop_policy: str = "position",
+        weight_on: str = "output",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise ValueError(f"MoE: capacity_factor must be positive and finite, got {capacity_factor}")
+        checks.option("MoE", "drop_policy", drop_policy, checks.DROP_POLICIES)
+        if shared_gate and not shared_inner:
+            raise ValueError("MoE: shared_gate needs a shared expert, got shared_inner=0")
+        if not isinstance(router, Router):
+            router = Router(hidden, num_experts, top_k, device=device, dtype=dtype, **(router or {}))
+        sizes = (router.hidden, router.num_experts, router.top_k)
+        if sizes != (hidden, num_experts, top_k):
+            raise ValueError(
+                f"MoE: router must have hidden, num_experts, top_k {(hidden, num_experts, top_k)}, got {sizes}"
+            )
+
+        def linear(wide: int, out: int) -> torch.nn.Linear:
+            return torch.nn.Linear(wide, out, bias=False, device=device, dtype=dtype)
+
+        self.hidden, self.capacity_factor, self.drop_policy = hidden, capacity_factor, drop_policy
+        # The factor as it was written, in integers: 1.1 · 50 is 55 rows, and a symbolic number of tokens stays one.
+        self.capacity_ratio: tuple[int, int] | None = None
+        if capacity_factor is not None:
+            self.capacity_ratio = (Fraction(str(capacity_factor)) * top_k / num_experts).as_integer_ratio()
+        options = {**options, "device": device, "dtype": dtype}
+        self.router = router
+        self.experts = Experts(num_experts, latent or hidden, inner, weight_on=weight_on, **options)
+        self.latent_in = linear(hidden, latent) if latent else None
+        self.latent_out = linear(latent, hidden) if latent else None
+        # One expert that every token chooses: the same formula, and the same memory law, as the routed ones.
+        self.shared = Experts(1, hidden, shared_inner, **options) if shared_inner else None
+        self.shared_gate = linear(hidden, 1) if shared_gate else None
+
+    def capacity(self, tokens: int) -> int | None:
+        """Rows an expert takes from a batch of this many tokens; None where there is no limit."""
+        if self.capacity_ratio is None:
+            return None
+        rows, per_tokens = self.capacity_ratio
+        return (tokens * rows + per_tokens - 1) // per_tokens
+
+    @overload
+    def forward(
+        self, x: Tensor, *, return_route: Literal[False] = False, segments: Tensor | None = None, num_segments: int = 1
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, return_route: Literal[True], segments: Tensor | None = None, num_segments: int = 1
+    ) -> tuple[Tensor, RouteResult]: ...
+
+    def forward(
+        self, x: Tensor, *, return_route: bool = False, segments: Tensor | None = None, num_segments: int = 1
+    ) -> Tensor | tuple[Tensor, RouteResult]:
+        """Applies the layer to x [..., hidden].
+
+        Args:
+            return_route: also returns the RouteResult, from which the losses and `Router.update_bias` work.
+            segments, num_segments: which sequence each of the flattened tokens belongs to, for RouteResult's counts and
+                mean_prob, as in `moe_ops.route`.
+
+        Returns:
+            y, of x's shape and dtype, or (y, RouteResult).
+        """
+        checks.last_dim("MoE", "x", x, self.hidden)
+        tokens = x.reshape(-1, self.hidden)
+        route = None
+        if return_route:
+            route = self.router(tokens, stats=True, segments=segments, num_segments=num_segments)
+            weights, experts = route.weights, route.experts
+        else:
+            weights, experts = self.router(tokens)
+        inputs = tokens if self.latent_in is None else self.latent_in(tokens)
+        capacity = self.capacity(tokens.shape[0])
+        # plan, permute, grouped_gemm, grouped_gemm and combine, in one.
+        y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy)
+        if self.latent_out is not None:
+            y = self.latent_out(y)
+        if self.shared is not None:
+            y = y + self.shared(tokens, *self._shared_route(tokens))
+        y = y.reshape(x.shape)
+        return y if route is None else (y, route)
+
+    def _shared_route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and experts, both [tokens, 1], that send every token to the shared expert."""
+        experts = torch.zeros(tokens.shape[0], 1, dtype=torch.int32, device=tokens.device)
+        if self.shared_gate is None:
+            return torch.ones_like(experts, dtype=torch.float32), experts
+        return torch.sigmoid(self.shared_gate(tokens)), experts
