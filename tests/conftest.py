@@ -1,0 +1,70 @@
+"""One suite for every device: `pytest --device cpu|simt|cuda`, one process per device; `--long` adds the big cases."""
+
+import pytest
+import torch
+
+LIBRARIES = {"cpu": "libmoe_ops_cpu.so", "simt": "libmoe_ops_simt.so", "cuda": "libmoe_ops_cuda.so"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=list(LIBRARIES), help="the kernels under test")
+    parser.addoption("--long", action="store_true", help="also run the tests that need minutes or many GiB")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
+    wanted = config.getoption("--device")
+    if wanted != "cpu":
+        from moe_ops.library import directory
+
+        if not (directory() / LIBRARIES[wanted]).is_file():
+            raise pytest.UsageError(f"--device {wanted}: {LIBRARIES[wanted]} was not built")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        skip = pytest.mark.skip(reason="long; run with --long")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc):
+    if "instruction_set" in metafunc.fixturenames:
+        metafunc.parametrize("instruction_set", _instruction_sets(metafunc.config), indirect=True)
+
+
+def _instruction_sets(config):
+    if config.getoption("--device") != "cpu":
+        return ["device"]
+    from moe_ops import _C
+
+    return _C.instruction_sets()
+
+
+@pytest.fixture
+def instruction_set(request):
+    """The test runs once per instruction set of this processor."""
+    if request.param == "device":
+        yield request.param
+        return
+    from moe_ops import _C
+
+    before = _C.instruction_set()
+    _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)
+
+
+@pytest.fixture
+def device(pytestconfig):
+    """Where the tensors under test live; the emulated kernels take CPU tensors."""
+    return torch.device("cuda" if pytestconfig.getoption("--device") == "cuda" else "cpu")
+
+
+@pytest.fixture
+def threads():
+    """Puts the number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

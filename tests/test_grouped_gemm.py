@@ -1,0 +1,284 @@
+"""grouped_gemm: every expert's rows times its weight; gradients of rows, weights and biases."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_ops
+from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
+from cases import (
+    DTYPES,
+    LOW,
+    NAN,
+    constant,
+    crowded,
+    every_case,
+    every_dtype,
+    every_layout,
+    integers,
+    randn,
+    same_rows,
+    some_dropped,
+)
+from moe_ops import reference
+
+ALL = ("a", "w", "bias")
+
+
+def offsets_of(counts):
+    return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def product(offsets):
+    """A call for compare."""
+
+    def call(api, a, w, bias=None):
+        return api.grouped_gemm(a, w, place(offsets, a.device), bias=bias)
+
+    return call
+
+
+def gathered(ids, experts):
+    """The same through a plan: a is x, and row r reads its token."""
+
+    def call(api, a, w, bias=None):
+        plan = api.plan(place(ids, a.device), experts)
+        return api.grouped_gemm(a, w, plan.offsets, bias=bias, gather=plan)
+
+    return call
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("gather", [False, True])
+def test_values_and_gradients(case, dtype, gather, device, instruction_set):
+    ids = case.ids()
+    rows = case.tokens if gather else ids.numel()
+    tensors = {
+        "a": integers(rows, case.hidden, dtype=dtype, limit=1),
+        "w": integers(case.experts, case.inner, case.hidden, dtype=dtype, seed=1, limit=1),
+        "bias": integers(case.experts, case.inner, dtype=dtype, seed=2),
+    }
+    call = gathered(ids, case.experts) if gather else product(reference.plan(ids, case.experts).offsets)
+    compare(call, tensors, device, ALL, exact=True)
+
+
+# Row counts, N and K beside the sizes of tiles and vectors.
+SHAPES = [
+    ([5, 0, 64, 1, 13], 37, 41),
+    ([63, 65, 2], 64, 64),
+    ([16, 15, 17, 31, 33], 96, 100),
+    ([300], 130, 260),
+    ([9, 7], 32, 4096),
+    ([50, 7], 4096, 32),
+    ([5000], 16, 24),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("counts, n, k", SHAPES)
+def test_accuracy(dtype, counts, n, k, device, instruction_set):
+    offsets = offsets_of(counts)
+    tensors = {
+        "a": randn(sum(counts) + 3, k, dtype=dtype),
+        "w": randn(len(counts), n, k, dtype=dtype, seed=1, scale=k**-0.5),
+        "bias": randn(len(counts), n, dtype=dtype, seed=2),
+    }
+    gradients = {"result": randn(sum(counts) + 3, n, seed=3)}
+    compare(product(offsets), tensors, device, ALL, gradients=gradients)
+
+
+@every_dtype
+@pytest.mark.parametrize("n, k", [(1, 90), (2, 90), (90, 1), (90, 2), (1, 1)])
+def test_thin_shapes(dtype, n, k, device, instruction_set):
+    """Nearly matrix times vector."""
+    tensors = {
+        "a": integers(60, k, dtype=dtype, limit=1),
+        "w": integers(7, n, k, dtype=dtype, seed=1, limit=1),
+        "bias": integers(7, n, dtype=dtype, seed=2),
+    }
+    compare(product(offsets_of([3, 4, 7, 8, 9, 12, 14])), tensors, device, ALL, exact=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("gather", [False, True])
+def test_float32_weights_under_low_tokens(dtype, gather, device, instruction_set):
+    """Weights are rounded to the dtype of a; their gradient is float32, and is not rounded."""
+    ids = some_dropped(30, 5, 2)
+    tensors = {
+        "a": randn(30 if gather else 60, 40, dtype=dtype),
+        "w": randn(5, 24, 40, seed=1),
+        "bias": randn(5, 24, seed=2),
+    }
+    call = gathered(ids, 5) if gather else product(reference.plan(ids, 5).offsets)
+    gradients = {"result": randn(60, 24, seed=3)}
+    out = compare(call, tensors, device, ALL, gradients=gradients)
+    assert out["grad w"].dtype == torch.float32 and out["grad bias"].dtype == torch.float32
+    rounded = compare(call, tensors, device)["result"]
+    again = compare(call, tensors | {"w": tensors["w"].to(dtype)}, device)["result"]
+    assert_bitwise_equal(rounded, again, "weights rounded to the dtype of a")
+    grad = out["grad w"]
+    assert (grad != grad.to(dtype)).float().mean() > 0.5, "the gradient kept only the bits of a low dtype"
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gather", [False, True])
+def test_layouts(layout, dtype, gather, device, instruction_set):
+    ids = some_dropped(12, 5, 2)
+    tensors = {
+        "a": integers(12 if gather else 24, 10, dtype=dtype, limit=1),
+        "w": integers(5, 7, 10, dtype=dtype, seed=1, limit=1),
+        "bias": integers(5, 7, dtype=dtype, seed=2),
+    }
+    call = gathered(ids, 5) if gather else product(reference.plan(ids, 5).offsets)
+    plain = compare(call, tensors, device, ALL, exact=True)
+    moved = {name: layout(t) for name, t in tensors.items()}
+    ours = compare(call, moved, device, ALL, exact=True, grad_layout=layout)
+    for name in plain:
+        assert_bitwise_equal(ours[name], plain[name], name)
+
+
+@pytest.mark.parametrize("expand", [same_rows, constant])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expanded_inputs_and_gradient(expand, dtype, device, instruction_set):
+    """Stride 0, as broadcasting and sum().backward() make it."""
+    tensors = {
+        "a": expand(integers(20, 10, dtype=dtype)),
+        "w": expand(integers(3, 7, 10, dtype=dtype, seed=1)),
+        "bias": expand(integers(3, 7, dtype=dtype, seed=2)),
+    }
+    gradients = {"result": expand(integers(20, 7, seed=3).double())}
+    call = product(offsets_of([4, 0, 11]))
+    compare(call, tensors, device, ALL, exact=True, gradients=gradients, grad_layout=expand)
+
+
+@pytest.mark.parametrize("needs", [("a",), ("w",), ("bias",), ("a", "w"), ("a", "bias"), ("w", "bias")])
+def test_each_subset_of_gradients(needs, device, instruction_set):
+    tensors = {"a": integers(20, 10), "w": integers(3, 7, 10, seed=1), "bias": integers(3, 7, seed=2)}
+    compare(product(offsets_of([4, 0, 11])), tensors, device, needs, exact=True)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [3, 5, 9, 20],
+        [0, -4, 9, 20],
+        [0, 9, 5, 20],
+        [0, 30, 4, 12],
+        [-7, -3, -2, -1],
+        [0, 5, 5, 2**31 - 1],
+        [7, 7, 7, 7],
+    ],
+)
+def test_wrong_offsets_stay_in_their_buffers(offsets, device, instruction_set):
+    """Read from 0, clamped to 0..R and non-decreasing, whatever they say."""
+    tensors = {"a": integers(20, 10), "w": integers(3, 7, 10, seed=1), "bias": integers(3, 7, seed=2)}
+    compare(product(torch.tensor(offsets, dtype=torch.int32)), tensors, device, ALL, exact=True)
+
+
+def test_no_experts_no_rows_no_columns(device, instruction_set):
+    for rows, experts, n, k in [(4, 0, 3, 5), (0, 3, 3, 5), (4, 2, 0, 5), (4, 2, 3, 0), (0, 0, 0, 0)]:
+        tensors = {"a": integers(rows, k), "w": integers(experts, n, k)}
+        needs = ("a", "w") if experts else ()
+        compare(product(offsets_of([rows // 2] * experts)), tensors, device, needs, exact=True)
+
+
+def test_nan_stays_where_it_belongs(device, instruction_set):
+    """A row's NaN reaches that row and its expert's weight gradient; rows behind the last expert reach nothing."""
+    counts = [20, 0, 15]
+    a, w = randn(40, 33), randn(3, 18, 33, seed=1)
+    eager = reference.grouped_gemm(a, w, offsets_of(counts))
+    clean = reference.grouped_gemm(a.double(), w.double(), offsets_of(counts))
+    a[7, 5] = NAN
+    a[35:] = NAN
+    w[1] = NAN  # an expert without rows
+    a_, w_ = place(a, device).requires_grad_(), place(w, device).requires_grad_()
+    out = moe_ops.grouped_gemm(a_, w_, place(offsets_of(counts), device))
+    assert out[7].isnan().all() and out[35:].count_nonzero() == 0
+    others = [r for r in range(40) if r != 7]
+    assert_as_accurate(out[others], eager[others], clean[others])
+    gradient = torch.ones_like(out)
+    gradient[35:] = NAN
+    out.backward(gradient)
+    assert a_.grad.isfinite().all() and a_.grad[35:].count_nonzero() == 0
+    assert w_.grad[1].count_nonzero() == 0 and w_.grad[2].isfinite().all()
+    assert w_.grad[0].isnan().sum() == 18 and w_.grad[0][:, 5].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(dtype, device, instruction_set):
+    """The same bits whether an expert has one row or a hundred."""
+    a, w = place(randn(100, 200, dtype=dtype), device), place(randn(2, 70, 200, dtype=dtype, seed=1), device)
+    together = moe_ops.grouped_gemm(a, w, place(offsets_of([0, 100]), device))
+    for rows in (1, 2, 3, 5, 8, 13, 31, 64):
+        part = moe_ops.grouped_gemm(a[:rows], w, place(offsets_of([0, rows]), device))
+        assert_bitwise_equal(part, together[:rows], f"{rows} rows")
+    shifted = moe_ops.grouped_gemm(a, w[[1, 0]], place(offsets_of([100, 0]), device))
+    assert_bitwise_equal(shifted, together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_and_run_to_run(dtype, device, threads, instruction_set):
+    ids = crowded(200, 9, 2)
+    tensors = {
+        "a": randn(200, 130, dtype=dtype),
+        "w": randn(9, 150, 130, dtype=dtype, seed=1),
+        "bias": randn(9, 150, seed=2),
+    }
+    gradients = {"result": randn(400, 150, seed=3)}
+    results = []
+    for count in (1, 2, 3, 3):
+        torch.set_num_threads(count)
+        results.append(compare(gathered(ids, 9), tensors, device, ALL, gradients=gradients))
+    for other in results[1:]:
+        for name in other:
+            assert_bitwise_equal(other[name], results[0][name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_agrees_with_grouped_mm_of_torch(dtype, device, instruction_set):
+    """Independent code; it wants strides of 16 bytes and contiguous gradients, and takes every row."""
+    counts = [16, 0, 24, 8]
+    a, w = randn(48, 64, dtype=dtype), randn(4, 32, 64, dtype=dtype, seed=1)
+    gradient = randn(48, 32, dtype=dtype, seed=2)
+
+    def theirs(a, w):
+        a, w = a.clone().requires_grad_(), w.clone().requires_grad_()
+        out = torch.nn.functional.grouped_mm(a, w.transpose(1, 2), offs=offsets_of(counts)[1:])
+        return out.detach(), *torch.autograd.grad(out, (a, w), gradient.to(out.dtype))
+
+    a_, w_ = place(a, device).requires_grad_(), place(w, device).requires_grad_()
+    out = moe_ops.grouped_gemm(a_, w_, place(offsets_of(counts), device))
+    ours = out, *torch.autograd.grad(out, (a_, w_), place(gradient, device))
+    tensors = (a.double(), w.double())
+    oracle = compare(
+        product(offsets_of(counts)),
+        {"a": tensors[0], "w": tensors[1]},
+        torch.device("cpu"),
+        ("a", "w"),
+        gradients={"result": gradient},
+    )
+    for name, mine, other in zip(("result", "grad a", "grad w"), ours, theirs(a, w), strict=True):
+        assert_as_accurate(mine, other, oracle[name], name)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(data=st.data())
+def test_property(data):
+    counts = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=6))
+    n, k, tail = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 50)), data.draw(st.integers(0, 3))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    weight_dtype = data.draw(st.sampled_from([dtype, torch.float32])) if dtype in LOW else dtype
+    seed = data.draw(st.integers(0, 1000))
+    tensors = {
+        "a": integers(sum(counts) + tail, k, dtype=dtype, seed=seed, limit=1),
+        "w": integers(len(counts), n, k, dtype=weight_dtype, seed=seed + 1, limit=1),
+        "bias": integers(len(counts), n, dtype=weight_dtype, seed=seed + 2),
+    }
+    if data.draw(st.booleans()):
+        del tensors["bias"]
+    layouts = [lambda t: t, lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)]
+    tensors = {name: data.draw(st.sampled_from(layouts))(t) for name, t in tensors.items()}
+    compare(product(offsets_of(counts)), tensors, torch.device("cpu"), tuple(tensors), exact=True)

@@ -1,0 +1,274 @@
+"""moe_mlp: values and every gradient against the reference, over options, dtypes, cases and layouts."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_ops
+from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
+from cases import (
+    DTYPES,
+    LOW,
+    NAN,
+    Case,
+    constant,
+    every_case,
+    every_dtype,
+    every_layout,
+    integers,
+    powers,
+    randn,
+    same_rows,
+    seeded,
+    some_dropped,
+)
+from moe_ops import reference
+
+ALL = ("x", "weights", "w_in", "w_out", "b_in", "b_out")
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+GPT_OSS = {"activation": "silu", "alpha": 1.702, "limit": 7.0, "up_offset": 1.0, "layout": "interleaved"}
+
+
+def moe_mlp(ids, **options):
+    """A call for compare."""
+
+    def call(api, x, weights, w_in, w_out, b_in=None, b_out=None):
+        return api.moe_mlp(x, weights, place(ids, x.device), w_in, w_out, b_in=b_in, b_out=b_out, **options)
+
+    return call
+
+
+def exact_tensors(case, dtype=torch.float32, gated=True, seed=0):
+    """Whole numbers, so that with relu every step is exact in float32."""
+    wide = case.inner * (2 if gated else 1)
+    e, h, i = case.experts, case.hidden, case.inner
+    return {
+        "x": integers(case.tokens, h, dtype=dtype, seed=seed, limit=1),
+        "weights": powers(case.tokens, case.top_k, seed=seed + 1),
+        "w_in": integers(e, wide, h, dtype=dtype, seed=seed + 2, limit=1),
+        "w_out": integers(e, h, i, dtype=dtype, seed=seed + 3, limit=1),
+        "b_in": integers(e, wide, dtype=dtype, seed=seed + 4, limit=1),
+        "b_out": integers(e, h, dtype=dtype, seed=seed + 5, limit=1),
+    }
+
+
+def random_tensors(case, dtype=torch.float32, gated=True, weight_dtype=None, bias_scale=0.5):
+    wide = case.inner * (2 if gated else 1)
+    e, h, i, weight_dtype = case.experts, case.hidden, case.inner, weight_dtype or dtype
+    return {
+        "x": randn(case.tokens, h, dtype=dtype),
+        "weights": torch.rand(case.tokens, case.top_k, generator=seeded(1)),
+        "w_in": randn(e, wide, h, dtype=weight_dtype, seed=2, scale=2 * h**-0.5),
+        "w_out": randn(e, h, i, dtype=weight_dtype, seed=3, scale=2 * i**-0.5),
+        "b_in": randn(e, wide, dtype=weight_dtype, seed=4, scale=bias_scale),
+        "b_out": randn(e, h, dtype=weight_dtype, seed=5, scale=bias_scale),
+    }
+
+
+MEDIUM = Case("medium", tokens=50, experts=6, top_k=3, hidden=48, inner=40, choose=some_dropped)
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_every_case(case, dtype, weight_on, device, instruction_set):
+    call = moe_mlp(case.ids(), activation="relu", weight_on=weight_on)
+    tensors = exact_tensors(case, dtype)
+    compare(call, tensors, device, ALL, exact=dtype not in LOW)
+
+
+@every_dtype
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, gated, dtype, device, instruction_set):
+    call = moe_mlp(MEDIUM.ids(), activation=activation, gated=gated)
+    gradients = {"result": randn(50, 48, seed=9)}
+    compare(call, random_tensors(MEDIUM, dtype, gated), device, ALL, gradients=gradients)
+
+
+OPTIONS = {
+    "interleaved": {"layout": "interleaved"},
+    "alpha": {"alpha": 1.702},
+    "limit": {"limit": 1.0},
+    "limit_plain": {"limit": 0.5, "gated": False},
+    "limit_gelu": {"limit": 0.7, "activation": "gelu"},
+    "up_offset": {"up_offset": 1.0},
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_small_limit": GPT_OSS | {"limit": 0.8},
+    "input": {"weight_on": "input"},
+    "input_gpt_oss": GPT_OSS | {"weight_on": "input", "limit": 1.0},
+    "input_plain": {"weight_on": "input", "gated": False, "activation": "relu2"},
+    "capacity": {"capacity": 11},
+    "capacity_choice_first": {"capacity": 11, "drop_policy": "choice_first"},
+    "capacity_probability": {"capacity": 11, "drop_policy": "probability"},
+    "capacity_input": {"capacity": 11, "drop_policy": "probability", "weight_on": "input"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("biased", [True, False])
+def test_options(options, biased, dtype, device, instruction_set):
+    tensors = random_tensors(MEDIUM, dtype, options.get("gated", True))
+    if not biased:
+        del tensors["b_in"], tensors["b_out"]
+    compare(moe_mlp(MEDIUM.ids(), **options), tensors, device, tuple(tensors))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_float32_weights_under_low_tokens(dtype, weight_on, device, instruction_set):
+    tensors = random_tensors(MEDIUM, dtype, weight_dtype=torch.float32)
+    out = compare(moe_mlp(MEDIUM.ids(), weight_on=weight_on), tensors, device, ALL)
+    assert out["result"].dtype == dtype
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        assert out[f"grad {name}"].dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+def test_route_weights_of_any_dtype(weight_dtype, device, instruction_set):
+    tensors = exact_tensors(MEDIUM)
+    tensors["weights"] = tensors["weights"].to(weight_dtype)
+    out = compare(moe_mlp(MEDIUM.ids(), activation="relu"), tensors, device, ALL, exact=weight_dtype not in LOW)
+    assert out["grad weights"].dtype == weight_dtype
+
+
+@pytest.mark.parametrize("tokens, hidden, inner", [(130, 130, 70), (33, 65, 64), (7, 257, 129), (200, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tile_edges(tokens, hidden, inner, dtype, device, instruction_set):
+    case = Case("", tokens=tokens, experts=3, top_k=2, hidden=hidden, inner=inner)
+    gradients = {"result": randn(tokens, hidden, seed=9)}
+    compare(moe_mlp(case.ids()), random_tensors(case, dtype), device, ALL, gradients=gradients)
+
+
+@pytest.mark.parametrize("needs", [n for size in range(1, 7) for n in combinations(ALL, size)], ids="+".join)
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_every_subset_of_gradients(needs, weight_on, device):
+    case = Case("", tokens=7, experts=3, hidden=5, inner=4, choose=some_dropped)
+    call = moe_mlp(case.ids(), activation="relu", weight_on=weight_on)
+    compare(call, exact_tensors(case), device, needs, exact=True)
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_layouts(layout, dtype, weight_on, device, instruction_set):
+    case = Case("", tokens=12, experts=5, hidden=10, inner=6, choose=some_dropped)
+    tensors = exact_tensors(case, dtype)
+    call = moe_mlp(case.ids(), activation="relu", weight_on=weight_on)
+    plain = compare(call, tensors, device, ALL, exact=True)
+    moved = {name: layout(t) for name, t in tensors.items()}
+    ours = compare(call, moved, device, ALL, exact=True, grad_layout=layout)
+    for name in plain:
+        assert_bitwise_equal(ours[name], plain[name], name)
+
+
+@pytest.mark.parametrize("layout", [lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)], ids=["transposed"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_layouts_of_low_dtypes(layout, dtype, device, instruction_set):
+    """As transformers' transposed experts lie in memory."""
+    tensors = random_tensors(MEDIUM, dtype)
+    plain = compare(moe_mlp(MEDIUM.ids()), tensors, device, ALL)
+    moved = tensors | {name: layout(tensors[name]) for name in ("w_in", "w_out", "x")}
+    ours = compare(moe_mlp(MEDIUM.ids()), moved, device, ALL)
+    for name in plain:
+        assert_bitwise_equal(ours[name], plain[name], name)
+
+
+@pytest.mark.parametrize("expand", [same_rows, constant])
+def test_expanded_inputs_and_gradient(expand, device, instruction_set):
+    case = Case("", tokens=12, experts=3, hidden=10, inner=6, choose=some_dropped)
+    tensors = {name: expand(t) for name, t in exact_tensors(case).items()}
+    gradients = {"result": expand(integers(12, 10, seed=9).double())}
+    call = moe_mlp(case.ids(), activation="relu")
+    compare(call, tensors, device, ALL, exact=True, gradients=gradients, grad_layout=expand)
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_a_given_plan_supersedes_experts(weight_on, device):
+    tensors = exact_tensors(MEDIUM)
+    ids, other = MEDIUM.ids(), MEDIUM.ids().flip(0)
+
+    def call(api, x, weights, w_in, w_out, b_in, b_out):
+        plan = api.plan(place(ids, x.device), MEDIUM.experts, capacity=9)
+        options = {"b_in": b_in, "b_out": b_out, "plan": plan, "activation": "relu", "weight_on": weight_on}
+        return api.moe_mlp(x, weights, place(other, x.device), w_in, w_out, **options)
+
+    ours = compare(call, tensors, device, ALL, exact=True)
+    call = moe_mlp(ids, activation="relu", weight_on=weight_on, capacity=9)
+    assert_bitwise_equal(compare(call, tensors, device, exact=True)["result"], ours["result"])
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+def test_nan_stays_where_it_belongs(weight_on, device, instruction_set):
+    """NaN in a token, in an unused expert or in a dropped slot's weight reaches no other token, and no other expert."""
+    ids = torch.tensor([[0, 1], [1, 2], [2, -1], [0, 2], [9, -1]], dtype=torch.int32)  # expert 3 is not used
+    case = Case("", tokens=5, experts=4, hidden=9, inner=6)
+    tensors = random_tensors(case)
+    clean = compare(moe_mlp(ids, weight_on=weight_on), tensors, device)["result"]
+    tensors["x"][0] = NAN
+    tensors["weights"][2, 1] = tensors["weights"][4] = NAN
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        tensors[name][3] = NAN
+    leaves = {name: place(t, device).requires_grad_() for name, t in tensors.items()}
+    y = moe_mlp(ids, weight_on=weight_on)(moe_ops, **leaves)
+    assert y[0].isnan().all() and y[4].count_nonzero() == 0
+    assert_bitwise_equal(y[1:], clean[1:])
+    y[1:].sum().backward()
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        grad = leaves[name].grad
+        assert grad[3].count_nonzero() == 0 and grad[2].isfinite().all(), name
+    grad = leaves["weights"].grad
+    assert grad[2, 1] == 0 and grad[4].count_nonzero() == 0 and grad[1:].isfinite().all()
+    assert leaves["x"].grad[1:].isfinite().all() and leaves["x"].grad[4].count_nonzero() == 0
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(data=st.data())
+def test_property(data):
+    case = Case(
+        "",
+        tokens=data.draw(st.integers(0, 40)),
+        experts=data.draw(st.integers(1, 7)),
+        top_k=data.draw(st.integers(1, 4)),
+        hidden=data.draw(st.integers(1, 20)),
+        inner=data.draw(st.integers(1, 20)),
+    )
+    seed, gated = data.draw(st.integers(0, 1000)), data.draw(st.booleans())
+    ids = torch.randint(-1, case.experts + 1, (case.tokens, case.top_k), generator=seeded(seed))
+    tensors = exact_tensors(case, data.draw(st.sampled_from([torch.float32, torch.float64])), gated, seed)
+    for name in ("b_in", "b_out"):
+        if data.draw(st.booleans()):
+            del tensors[name]
+    options = {
+        "activation": "relu",
+        "gated": gated,
+        "layout": data.draw(st.sampled_from(["concatenated", "interleaved"])),
+        "limit": data.draw(st.none() | st.integers(1, 4).map(float)),
+        "up_offset": data.draw(st.sampled_from([0.0, 1.0])) if gated else 0.0,
+        "weight_on": data.draw(st.sampled_from(["output", "input"])),
+        "capacity": data.draw(st.none() | st.integers(0, 20)),
+        "drop_policy": data.draw(st.sampled_from(["position", "choice_first", "probability"])),
+    }
+    compare(moe_mlp(ids, **options), tensors, torch.device("cpu"), tuple(tensors), exact=True)
+
+
+def test_the_reference_itself():
+    """Token by token, expert by expert, one matrix-vector product at a time."""
+    case = Case("", tokens=6, experts=4, top_k=3, hidden=5, inner=3, choose=some_dropped)
+    ids, t = case.ids(), random_tensors(case, torch.float64)
+    for weight_on in ("output", "input"):
+        ours = moe_mlp(ids, weight_on=weight_on, **GPT_OSS)(reference, **t)
+        expected = torch.zeros(6, 5, dtype=torch.float64)
+        for token, k in torch.cartesian_prod(torch.arange(6), torch.arange(3)).tolist():
+            e, weight = ids[token, k].item(), t["weights"][token, k].double()
+            if e >= 0:
+                x = t["x"][token] * (weight if weight_on == "input" else 1)
+                pre = t["w_in"][e] @ x + t["b_in"][e]
+                gate, up = pre[0::2].clamp(max=7), pre[1::2].clamp(-7, 7)
+                row = t["w_out"][e] @ (gate * (1.702 * gate).sigmoid() * (up + 1)) + t["b_out"][e]
+                expected[token] += row * (1 if weight_on == "input" else weight)
+        assert_as_accurate(ours, expected, expected)

@@ -1,0 +1,250 @@
+"""route: which experts, exactly; how much, by the accuracy law; statistics; gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_ops
+from accuracy import assert_bitwise_equal, compare, place
+from cases import DTYPES, INF, LOGITS, NAN, constant, every_dtype, every_layout, integers, randn, same_rows, seeded
+
+SCORES = ["softmax", "softmax_selected", "sigmoid", "sqrtsoftplus", "identity"]
+every_score = pytest.mark.parametrize("score", SCORES)
+
+
+def route(top_k, **options):
+    """A call for compare: every output by name, counts and the like with stats."""
+
+    def call(api, logits, **tensors):
+        out = api.route(logits, top_k, **options, **tensors)
+        return out._asdict() if options.get("stats") else {"weights": out[0], "experts": out[1]}
+
+    return call
+
+
+def by_hand(row, top_k):
+    """The total order in Python: NaN first, then by value, then by id."""
+    return sorted(range(len(row)), key=lambda e: (not math.isnan(row[e]), 0 if math.isnan(row[e]) else -row[e], e))[
+        :top_k
+    ]
+
+
+SELECTIONS = {
+    "logits": {},
+    "bias": {"bias": True},
+    "groups_max": {"groups": (4, 2), "group_score": "max"},
+    "groups_top2": {"groups": (4, 2), "group_score": "top2_sum"},
+    "groups_zero_bias": {"groups": (6, 3), "group_mask": "zero", "bias": True},
+    "groups_of_one": {"groups": (24, 5)},
+}
+RENORMALIZE = {
+    "none": {},
+    "sum": {"renormalize": True, "eps": 1e-3},
+    "clamp": {"renormalize": "clamp", "eps": 0.6},
+    "pnorm": {"renormalize": "pnorm", "p": 2.0},
+    "pnorm_1": {"renormalize": "pnorm"},
+}
+
+
+@every_score
+@pytest.mark.parametrize("renormalize", RENORMALIZE.values(), ids=RENORMALIZE.keys())
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS.keys())
+def test_options(score, renormalize, selection, device, instruction_set):
+    """Everything at once, and each thing with each other; 24 experts."""
+    tensors = {"logits": randn(60, 24), "expert_scale": torch.rand(24, generator=seeded(1)) + 0.5}
+    if score == "identity":
+        tensors["logits"] = tensors["logits"].abs()  # their sum is divided by
+    selection = dict(selection)
+    if selection.pop("bias", False):
+        tensors["selection_bias"] = randn(24, seed=2, scale=0.1)
+    segments = place(torch.randint(-1, 5, (60,), generator=seeded(3)), device)  # 4 is no segment
+    options = {"stats": True, "segments": segments, "num_segments": 4, "scale": 1.5, "softcap": 3.0}
+    compare(route(5, score=score, **renormalize, **selection, **options), tensors, device, tuple(tensors))
+
+
+@every_score
+@every_dtype
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_dtypes(score, dtype, renormalize, device, instruction_set):
+    call = route(3, score=score, renormalize=renormalize, stats=True)
+    out = compare(call, {"logits": randn(70, 17, dtype=dtype).abs()}, device, ("logits",))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert out["weights"].dtype == out["mean_prob"].dtype == out["logsumexp"].dtype == wide
+    assert out["experts"].dtype == out["counts"].dtype == torch.int32
+    assert out["grad logits"].dtype == dtype
+
+
+SIZES = [(1, 1), (2, 2), (3, 1), (7, 7), (8, 3), (15, 4), (16, 8), (17, 16), (33, 6), (64, 6), (100, 9), (128, 8)]
+SIZES += [(255, 10), (256, 8), (257, 257), (1000, 12)]
+
+
+@pytest.mark.parametrize("experts, top_k", SIZES)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_sizes(experts, top_k, score, device, instruction_set):
+    options = {"score": score, "renormalize": score == "sigmoid", "stats": True}
+    logits = randn(60, experts, scale=2.0)
+    together = compare(route(top_k, **options), {"logits": logits}, device, ("logits",))
+    alone = moe_ops.route(place(logits[:1], device), top_k, **options)
+    assert_bitwise_equal(alone.weights, together["weights"][:1])
+    compare(route(top_k, **options), {"logits": logits[:0]}, device, ("logits",))
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@every_dtype
+@every_score
+def test_edges_of_logits(name, dtype, score, device, instruction_set):
+    """Exact choice and order, distinct experts, NaN and infinities only where the score has them."""
+    edge = torch.tensor([LOGITS[name], LOGITS["ascending"]], dtype=torch.float64)
+    logits = torch.cat([edge, randn(60, 8, dtype=torch.float64)]).to(dtype)  # enough values to speak of eager's error
+    for top_k in (1, 2, 5, 8):
+        for options in ({}, {"softcap": 2.0}, {"renormalize": True}):
+            ours = moe_ops.route(place(logits, device), top_k, score=score, **options)
+            assert ours[1].tolist() == [by_hand(row, top_k) for row in logits.tolist()]
+        if dtype in (torch.float32, torch.float64):
+            compare(route(top_k, score=score), {"logits": logits}, device)
+
+
+@every_dtype
+def test_many_ties(dtype, device, instruction_set):
+    for experts in (5, 16, 40, 130, 512):
+        logits = integers(50, experts, dtype=dtype)
+        for top_k in {1, 3, experts // 2 + 1, experts}:
+            _, chosen = moe_ops.route(place(logits, device), top_k)
+            assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
+
+
+def test_a_bias_that_is_not_finite(device, instruction_set):
+    """A bias of -inf bars an expert, +inf forces it, NaN ranks first; the weights never see it."""
+    bias = torch.tensor([0.0, -INF, INF, 0.0, NAN, 0.0, 0.0, 0.0])
+    logits = integers(20, 8, limit=3)
+    out = compare(route(7, score="sigmoid"), {"logits": logits, "selection_bias": bias}, device, ("logits",))
+    assert (out["experts"][:, :2] == torch.tensor([4, 2])).all() and not (out["experts"] == 1).any()
+
+
+@pytest.mark.parametrize("mask, expected", [("-inf", [3, 2]), ("zero", [3, 0])])
+def test_what_a_masked_expert_is_worth(mask, expected, device, instruction_set):
+    """'zero' puts the experts outside the kept groups at 0, which beats a negative choice; '-inf' does not."""
+    logits = place(torch.tensor([[-5.0, -6.0, -1.0, 7.0]]), device)
+    weights, chosen = moe_ops.route(logits, 2, score="identity", groups=(2, 1), group_mask=mask)
+    assert chosen.tolist() == [expected]
+    assert weights.tolist() == [[logits[0, e].item() for e in expected]], "weights are unmasked"
+
+
+@pytest.mark.parametrize("wanted", ["weights", "mean_prob", "logsumexp"])
+@every_score
+def test_each_gradient_alone(wanted, score, device, instruction_set):
+    call = route(4, score=score, stats=True)
+    compare(lambda api, logits: {wanted: call(api, logits)[wanted]}, {"logits": randn(40, 12)}, device, ("logits",))
+
+
+@pytest.mark.parametrize("needs", [("logits",), ("expert_scale",), ("logits", "expert_scale")])
+def test_each_subset_of_gradients(needs, device):
+    tensors = {"logits": randn(40, 12), "expert_scale": torch.rand(12, generator=seeded())}
+    compare(route(4), tensors, device, needs)
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(layout, dtype, device):
+    tensors = {"logits": randn(30, 12, dtype=dtype), "selection_bias": randn(12), "expert_scale": randn(12).abs()}
+    segments = torch.randint(0, 3, (30,), generator=seeded())
+    options = {"stats": True, "num_segments": 3}
+    needs = ("logits", "expert_scale")
+    plain = compare(route(4, segments=place(segments, device), **options), tensors, device, needs)
+    moved = {name: layout(t.unsqueeze(0)).squeeze(0) if t.dim() == 1 else layout(t) for name, t in tensors.items()}
+    call = route(4, segments=place(segments, device).repeat_interleave(2)[::2], **options)
+    ours = compare(call, moved, device, needs, grad_layout=lambda grad: layout(grad) if grad.dim() == 2 else grad)
+    for name in plain:
+        assert_bitwise_equal(ours[name], plain[name], name)
+
+
+@pytest.mark.parametrize("expand", [same_rows, constant])
+def test_expanded_logits_and_gradients(expand, device):
+    logits = expand(randn(20, 9))
+    gradients = {"weights": expand(randn(20, 3, seed=1)), "mean_prob": expand(randn(1, 9, seed=2))}
+    gradients["logsumexp"] = constant(randn(20, seed=3))
+    call = route(3, score="sigmoid", renormalize=True, stats=True)
+    compare(call, {"logits": logits}, device, ("logits",), gradients=gradients, grad_layout=expand)
+
+
+def test_nan_stays_in_its_token(device, instruction_set):
+    logits = randn(20, 9)
+    clean = compare(route(3), {"logits": logits}, device, ("logits",))
+    logits[4, 2] = NAN
+    ours = compare(route(3), {"logits": logits}, device)["weights"]
+    others = [t for t in range(20) if t != 4]
+    assert ours[4].isnan().all()
+    assert_bitwise_equal(ours[others], clean["weights"][others])
+    leaf = place(logits, device).requires_grad_()
+    moe_ops.route(leaf, 3)[0][others].square().sum().backward()
+    assert leaf.grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("experts", [8, 100])
+def test_any_number_of_threads(experts, device, threads, instruction_set):
+    tensors = {"logits": randn(2001, experts), "expert_scale": torch.rand(experts, generator=seeded(1)) + 0.5}
+    segments = place(torch.randint(-1, 7, (2001,), generator=seeded(2)), device)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        call = route(4, score="sigmoid", renormalize=True, stats=True, segments=segments, num_segments=7)
+        results.append(compare(call, tensors, device, ("logits", "expert_scale")))
+    for other in results[1:]:
+        for name in other:
+            assert_bitwise_equal(other[name], results[0][name], name)
+
+
+def test_a_token_does_not_depend_on_the_others(device, instruction_set):
+    logits = place(randn(100, 37), device)
+    options = {"score": "softmax", "groups": (37, 9), "renormalize": True}
+    weights, experts = moe_ops.route(logits, 5, **options)
+    for token in (0, 1, 50, 99):
+        alone = moe_ops.route(logits[token : token + 1], 5, **options)
+        assert_bitwise_equal(alone[0][0], weights[token])
+        assert_bitwise_equal(alone[1][0], experts[token])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_segments(dtype, device):
+    """A segment without tokens has zeros; tokens of no segment count nowhere, however far off their number is."""
+    logits = randn(6, 5)
+    far = 2**31 - 1 if dtype == torch.int32 else 2**32
+    segments = torch.tensor([0, 2, -1, far, 2, 3], dtype=dtype)
+    out = compare(route(2, stats=True, segments=place(segments, device), num_segments=3), {"logits": logits}, device)
+    assert out["counts"].sum(1).tolist() == [2, 0, 4] and out["mean_prob"][1].count_nonzero() == 0
+    _, chosen = moe_ops.route(place(logits, device), 2)
+    expected = torch.bincount(chosen.cpu()[[1, 4]].flatten(), minlength=5)
+    assert out["counts"][2].tolist() == expected.tolist()
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(data=st.data())
+def test_property_of_the_order(data):
+    """Any logits at all; with groups the scores are sums of quarters, so that they are exact."""
+    runs, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 12))
+    experts = runs * size
+    value = st.sampled_from([0.0, -0.0, 0.25, 1.0, -1.0, -2.5, INF, -INF, NAN, -NAN]) | st.floats(width=32)
+    if groups := runs > 1 and data.draw(st.booleans()):
+        value = st.integers(-9, 9).map(lambda n: n / 4)
+    rows = data.draw(st.lists(st.lists(value, min_size=experts, max_size=experts), min_size=0, max_size=5))
+    logits = torch.tensor(rows, dtype=data.draw(st.sampled_from(DTYPES))).view(-1, experts)
+    if not groups:
+        top_k = data.draw(st.integers(1, experts))
+        _, chosen = moe_ops.route(logits, top_k, score=data.draw(st.sampled_from(SCORES)))
+        assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
+        return
+    kept, group_score = data.draw(st.integers(1, runs)), data.draw(st.sampled_from(["max", "top2_sum"]))
+    group_mask = data.draw(st.sampled_from(["-inf", "zero"]))
+    top_k = data.draw(st.integers(1, kept * size))
+    options = {"groups": (runs, kept), "group_score": group_score, "group_mask": group_mask}
+    _, chosen = moe_ops.route(logits, top_k, score="identity", **options)
+    expected = []
+    for row in logits.tolist():
+        best = [sorted(row[g * size : g * size + size])[::-1][: 1 if group_score == "max" else 2] for g in range(runs)]
+        keep = by_hand([sum(b) for b in best], kept)
+        outside = -INF if group_mask == "-inf" else 0.0
+        expected.append(by_hand([v if e // size in keep else outside for e, v in enumerate(row)], top_k))
+    assert chosen.tolist() == expected
