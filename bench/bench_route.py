@@ -1,0 +1,66 @@
+"""route: softmax over all experts, the top_k largest, renormalised. Bound by one read of the logits.
+
+python bench/bench_route.py --shape qwen3-30b --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import moe_ops
+import peers
+import roofline
+from passes import time_both_passes
+from report import OURS, Report, parse_args
+from shapes import Shape
+from timing import sets_to_stay_cold
+
+
+def distinct_logits(sets: int, s: Shape, dtype: torch.dtype) -> list[tuple[Tensor]]:
+    """Each token's logits are the same values in another order, distinct in bfloat16 too: ties may be broken in any
+    way, and weights and gradients could then not be compared.
+    """
+    values = torch.linspace(-8, 4, s.experts).exp2().to(dtype)
+    return [(values[torch.rand(s.tokens, s.experts).argsort(dim=-1)],) for _ in range(sets)]
+
+
+def check_choices(logits: Tensor, top_k: int) -> None:
+    """Weights alone do not tell that the experts are right."""
+    _, experts = moe_ops.route(logits, top_k, renormalize=True)
+    chosen = logits.gather(1, experts.long())
+    if not torch.equal(chosen, logits.topk(top_k, dim=-1).values):
+        raise SystemExit("check failed: route did not choose the top_k largest logits; nothing was timed")
+
+
+def bench_route(report: Report, s: Shape, dtype: torch.dtype) -> None:
+    sets = distinct_logits(sets_to_stay_cold(s.tokens * s.experts * dtype.itemsize), s, dtype)
+    check_choices(sets[0][0], s.top_k)
+
+    variants = {
+        OURS: lambda logits: moe_ops.route(logits, s.top_k, renormalize=True)[0],
+        "softmax, topk": lambda logits: peers.route(logits, s.top_k)[0],
+    }
+    time_both_passes(
+        report,
+        "route",
+        s,
+        dtype,
+        variants,
+        sets,
+        torch.randn(s.tokens, s.top_k, dtype=peers.compute_dtype(dtype)),
+        exact=lambda logits: peers.route(logits, s.top_k)[0],
+        work=roofline.route(s, dtype.itemsize),
+        backward_work=roofline.route_backward(s, dtype.itemsize),
+    )
+
+
+def main() -> None:
+    report = Report(parse_args("route"))
+    for shape, dtype in report.cases():
+        bench_route(report, shape, dtype)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The two passes that a bench times: forward alone, and forward followed by the gradients of all operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from report import Report, Variant, relative_error
+from roofline import Work
+from shapes import Shape
+
+Operands = Sequence[Tensor]
+Results = tuple[Tensor, ...]
+Pass = Callable[[int], Results]  # of one set of operands
+
+
+def forward_pass(forward: Callable[[int], Tensor]) -> Pass:
+    def run(i: int) -> Results:
+        with torch.no_grad():
+            return (forward(i),)
+
+    return run
+
+
+def training_pass(forward: Callable[[int], Tensor], sets: Sequence[Operands], grad: Tensor) -> Pass:
+    """Results and gradients: y, then one gradient for each operand of the set that asks for one."""
+
+    def run(i: int) -> Results:
+        y = forward(i)
+        return (y.detach(), *torch.autograd.grad(y, [t for t in sets[i] if t.requires_grad], grad))
+
+    return run
+
+
+def require_gradients(sets: Sequence[Operands], wanted: bool) -> None:
+    for operands in sets:
+        for operand in operands:
+            if operand.is_floating_point():
+                operand.requires_grad_(wanted)
+
+
+def exact_results(forward: Callable[..., Tensor], operands: Operands, grad: Tensor, train: bool) -> Results:
+    """forward in float64, and the gradients. Expert weights [E, ...] stay as they are, for forward to widen one at a
+    time: a float64 copy of all may not fit in memory. Their gradients are rounded once.
+    """
+    wide = [t.detach().double() if t.is_floating_point() and t.dim() < 3 else t.detach() for t in operands]
+    require_gradients([wide], train)
+    run = (
+        training_pass(lambda _: forward(*wide), [wide], grad.double())
+        if train
+        else forward_pass(lambda _: forward(*wide))
+    )
+    return run(0)
+
+
+def time_both_passes(
+    report: Report,
+    name: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    variants: dict[str, Callable[..., Tensor]],
+    sets: Sequence[Operands],
+    grad: Tensor,
+    *,
+    exact: Callable[..., Tensor],
+    work: Work,
+    backward_work: Work,
+    missing: dict[str, str] | None = None,
+) -> None:
+    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64."""
+    for train in (False, True):
+        require_gradients(sets, train)
+        expected = exact_results(exact, sets[0], grad, train)
+        table = []
+        for variant, function in variants.items():
+
+            def forward(i: int, function: Callable[..., Tensor] = function) -> Tensor:
+                return function(*sets[i])
+
+            run = training_pass(forward, sets, grad) if train else forward_pass(forward)
+
+            def check(results: Results, expected: Results = expected) -> float:
+                return relative_error(results, expected)
+
+            table.append(Variant(variant, run, check, work + backward_work if train else work))
+        title = f"{name} forward+backward" if train else f"{name} forward"
+        report.table(title, shape, dtype, table, sets=len(sets), missing=missing)

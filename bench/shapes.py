@@ -1,0 +1,80 @@
+"""The standing set of shapes: layers of known models, slices of them that fit a laptop, and odd ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    tokens: int
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    activation: str = "silu"
+    gated: bool = True
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.top_k
+
+    def __str__(self) -> str:
+        sizes = f"T{self.tokens} H{self.hidden} I{self.inner} E{self.experts} K{self.top_k}"
+        return f"{self.name} {sizes}" if self.name else sizes
+
+
+STANDING = {
+    shape.name: shape
+    for shape in (
+        # Small enough for --quick: few wide experts, many narrow ones.
+        Shape("quick-wide", 256, 512, 1024, 8, 2),
+        Shape("quick-fine", 256, 512, 256, 64, 4),
+        # Slices that keep a model's number of experts, or its widths, at the size of a laptop.
+        Shape("mixtral-slice", 512, 1024, 3584, 8, 2),
+        Shape("mixtral-decode", 16, 1024, 3584, 8, 2),
+        Shape("qwen3-slice", 512, 2048, 768, 32, 8),
+        Shape("deepseek-slice", 512, 1792, 512, 64, 8),
+        Shape("switch-base-8", 1024, 768, 3072, 8, 1, "relu", False),
+        Shape("odd", 333, 1000, 1407, 7, 5),
+        # Layers as they are.
+        Shape("mixtral-8x7b", 4096, 4096, 14336, 8, 2),
+        Shape("qwen3-30b", 4096, 2048, 768, 128, 8),
+        Shape("qwen3-30b-decode", 16, 2048, 768, 128, 8),
+        Shape("qwen3-next", 4096, 2048, 512, 512, 10),
+        Shape("deepseek-v3-ep8", 4096, 7168, 2048, 32, 8),
+        Shape("gpt-oss-20b", 4096, 2880, 2880, 32, 4),
+        Shape("olmoe", 4096, 2048, 1024, 64, 8),
+    )
+}
+
+# What each bench runs when no --shape is given: its own list, and the one of --quick.
+DEFAULT = {
+    "route": ("mixtral-8x7b", "qwen3-30b", "qwen3-next", "qwen3-30b-decode"),
+    "plan": ("mixtral-8x7b", "qwen3-30b", "qwen3-next", "qwen3-30b-decode"),
+    "permute": ("mixtral-8x7b", "qwen3-30b", "odd"),
+    "combine": ("mixtral-8x7b", "qwen3-30b", "odd"),
+    "grouped_gemm": ("mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "odd"),
+    "moe": ("mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "switch-base-8", "odd"),
+}
+QUICK = {
+    "route": ("qwen3-30b",),
+    "plan": ("qwen3-30b",),
+    "permute": ("qwen3-slice",),
+    "combine": ("qwen3-slice",),
+    "grouped_gemm": ("quick-wide", "quick-fine"),
+    "moe": ("quick-wide", "quick-fine"),
+}
+
+
+def parse(text: str) -> Shape:
+    """A name of the standing set, or five sizes: tokens,hidden,inner,experts,top_k."""
+    if text in STANDING:
+        return STANDING[text]
+    sizes = text.split(",")
+    if len(sizes) != 5 or not all(size.isdigit() for size in sizes):
+        raise ValueError(
+            f"shape: expected T,H,I,E,K (five numbers) or one of {', '.join(STANDING)}; got {text!r}",
+        )
+    return Shape("", *(int(size) for size in sizes))

@@ -1,0 +1,89 @@
+"""Times variants of one computation side by side: launch by launch in turn, so that all see the same machine."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    median_s: float
+    spread: float  # (90 % quantile - 10 % quantile) / median
+    launches: int
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    median = statistics.median(samples)
+    if len(samples) < 2:
+        return Timing(median, 0.0, len(samples))
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(median, (deciles[-1] - deciles[0]) / median, len(samples))
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first processor; 32 MiB where the system does not tell."""
+    largest = 0
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = entry.read_text().strip()
+        if text.endswith(("K", "M")):
+            largest = max(largest, int(text[:-1]) << (10 if text[-1] == "K" else 20))
+    return largest or 32 << 20
+
+
+def sets_to_stay_cold(bytes_per_set: int, times: float = 4, most: int = 512) -> int:
+    """How many sets of operands, used in turn, exceed the last cache `times` over: each as cold as in a real model."""
+    return max(1, min(most, -(-int(times * last_level_cache()) // max(1, bytes_per_set))))
+
+
+def interleave(
+    launches: dict[str, Callable[[int], Any]],
+    *,
+    sets: int = 1,
+    budget_s: float,
+    min_rounds: int = 3,
+    max_rounds: int = 300,
+    advance: Callable[[int, int], None] = lambda done, rounds: None,
+) -> dict[str, Timing]:
+    """Times launches[name](set), one launch of each per round in a shuffled order, within about budget_s seconds.
+
+    Every launch takes the set of operands that was used longest ago. advance(done, rounds) is called after each round.
+    """
+    next_set = 0
+
+    def timed(launch: Callable[[int], Any]) -> float:
+        nonlocal next_set
+        start = time.perf_counter()
+        result = launch(next_set)
+        seconds = time.perf_counter() - start
+        del result
+        next_set = (next_set + 1) % sets
+        return seconds
+
+    one_round = sum(timed(launch) for launch in launches.values())  # also warms up what the check before has not
+    rounds = max(min_rounds, min(max_rounds, int(budget_s / max(one_round, 1e-9))))
+
+    samples: dict[str, list[float]] = {name: [] for name in launches}
+    order = list(launches)
+    shuffle = random.Random(0).shuffle
+    collects = gc.isenabled()
+    gc.disable()
+    begun = time.perf_counter()
+    try:
+        for done in range(1, rounds + 1):
+            shuffle(order)
+            for name in order:
+                samples[name].append(timed(launches[name]))
+            advance(done, rounds)
+            if done >= min_rounds and time.perf_counter() - begun > 1.5 * budget_s:  # the machine became slower
+                break
+    finally:
+        if collects:
+            gc.enable()
+    return {name: summarize(times) for name, times in samples.items()}
