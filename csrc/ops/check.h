@@ -69,7 +69,9 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(shape.size()), shape.begin(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device_index, &made));
-  return Tensor(made);
+  Tensor out(made);
+  Device::allocated(out.data_ptr(), out.numel() * int64_t(out.element_size()));
+  return out;
 }
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -12,8 +12,8 @@ template <class Ar>
 struct Blocks {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
-  alignas(64) Element a[kTileRows * (kBlockDepth / Ar::kDepth + 16)];
-  alignas(64) Element b[kTileCols * (kBlockDepth / Ar::kDepth)];
+  alignas(64) Element a[kTileRows * RowsOfA<Ar>::kRowStride];
+  alignas(64) Element b[kTileCols * kBlockSteps];
   alignas(64) C tile[kTileRows * kTileCols];
 
   static Blocks& of_thread() { return *static_cast<Blocks*>(scratch(sizeof(Blocks))); }
@@ -56,17 +56,40 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
   if (tile.cols == 0) return;
   const InnerColumns at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, result_cols);
   const W* weight = static_cast<const W*>(p.weight.data) + expert * p.weight.expert_stride;
+  // The weights in chunks that are packed and multiplied one after another: columns within a block along K. Where their
+  // unit stride runs along K a chunk is a panel, which packing leaves in L1; otherwise it is as wide as a tile, so that
+  // rows are read in long runs.
+  struct Chunk {
+    int64_t k, depth, first_row, cols, tile_col;
+  };
+  const bool along = p.weight.k_stride == 1;
+  const int64_t chunk_cols = along ? kPanel<Ar> : width;
+  const int64_t per_half = ceil_div(tile.cols, chunk_cols), per_block = gated ? 2 * per_half : per_half;
+  const auto chunk = [&](int64_t i) -> Chunk {
+    const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half;
+    const int64_t col = i % per_half * chunk_cols;
+    return {k, min(p.k - k, kBlockDepth<Ar>), (half ? at.up : at.gate) + col * at.step,
+            min(tile.cols - col, chunk_cols), half * kTileCols / 2 + col};
+  };
+  const auto ahead = [&](const Chunk& c) -> Ahead {
+    const W* begin = weight + c.first_row * p.weight.n_stride + c.k * p.weight.k_stride;
+    constexpr int64_t size = sizeof(W);
+    if (along)
+      return {reinterpret_cast<const char*>(begin), at.step * p.weight.n_stride * size, c.cols, c.depth * size};
+    return {reinterpret_cast<const char*>(begin), p.weight.k_stride * size, c.depth, c.cols * size};
+  };
 
-  for (int64_t k = 0; k < p.k || k == 0; k += kBlockDepth) {
-    const int64_t depth = p.k - k < kBlockDepth ? p.k - k : kBlockDepth, steps = ceil_div(depth, Ar::kDepth);
-    pack_rows<Ar>(rows, scale, bool(p.a.scale), tile.rows, k, depth, blocks.a);
-    const auto product = [&](int64_t first_row, int64_t tile_col) {
-      pack_weights<Ar, X>(weight, p.weight.n_stride, p.weight.k_stride, {first_row, at.step, tile.cols}, k, depth,
-                          blocks.b);
-      multiply_block<Ar, RowsOfA<Ar>>(blocks.a, blocks.b, tile.rows, tile.cols, steps, blocks.tile + tile_col, k == 0);
-    };
-    product(at.gate, 0);
-    if (gated) product(at.up, kTileCols / 2);
+  const int64_t chunks = (p.k ? ceil_div(p.k, kBlockDepth<Ar>) : 1) * per_block;
+  Chunk next = chunk(0);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const Chunk c = next;
+    next = chunk(min(i + 1, chunks - 1));
+    if (i % per_block == 0)
+      pack_rows<Ar>(rows, scale, bool(p.a.scale), tile.rows, c.k, c.depth, blocks.a, RowsOfA<Ar>::kRowStride);
+    pack_weights<Ar, X>(weight, p.weight.n_stride, p.weight.k_stride, {c.first_row, at.step, c.cols}, c.k, c.depth,
+                        blocks.b);
+    multiply_block<Ar, RowsOfA<Ar>>(blocks.a, blocks.b, tile.rows, c.cols, ceil_div(c.depth, Ar::kDepth),
+                                    blocks.tile + c.tile_col, c.k == 0, i + 1 < chunks ? ahead(next) : Ahead{});
   }
 
   switch (p.epilogue) {
@@ -101,11 +124,11 @@ void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_beg
   auto& blocks = Blocks<Ar>::of_thread();
   const int64_t n = p.n - n_begin < kTileRows ? p.n - n_begin : kTileRows;
   const int64_t cols = p.k - k_begin < kTileCols ? p.k - k_begin : kTileCols;
-  const X* rows[kBlockDepth];
-  C scale[kBlockDepth];
+  const X* rows[kBlockDepth<Ar>];
+  C scale[kBlockDepth<Ar>];
 
-  for (int64_t row = row_begin; row < row_end || row == row_begin; row += kBlockDepth) {
-    const int64_t depth = row_end - row < kBlockDepth ? row_end - row : kBlockDepth;
+  for (int64_t row = row_begin; row < row_end || row == row_begin; row += kBlockDepth<Ar>) {
+    const int64_t depth = row_end - row < kBlockDepth<Ar> ? row_end - row : kBlockDepth<Ar>;
     const int64_t steps = ceil_div(depth, Ar::kDepth);
     find_rows(p.grad, row, depth, rows, scale);
     pack_columns<Ar, kTileRows>(rows, scale, bool(p.grad.scale), depth, n_begin, n, blocks.a);

@@ -28,13 +28,16 @@ struct Dot {
 template <class S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, bfloat16> && kHasDot, Dot, Fma<Compute<S>>>;
 
-// Sizes of a tile and of the packed blocks, in values. Accumulators: kMicroRows * kPanelVectors registers of the 32
-// (AVX-512) or 16 there are; a B panel (kBlockDepth x kPanel) stays in L1 while the rows of an A block pass, the blocks
-// in L2.
+// Sizes of a tile and of the packed blocks. Accumulators: kMicroRows * kPanelVectors registers of the 32 (AVX-512) or
+// 16 there are. A panel of B (kBlockSteps x kPanel) stays in L1 while the rows of an A block pass; the blocks, the tile
+// and the weights asked for ahead stay in L2.
 inline constexpr int kMicroRows = MOE_VECTOR_BYTES == 64 ? 12 : MOE_VECTOR_BYTES == 32 ? 6 : 4;
 inline constexpr int kPanelVectors = 2;
-inline constexpr int kBlockDepth = 192;
+inline constexpr int kBlockSteps = 160;  // Elements along the reduction: 20 KiB of panel and 8 KiB of rows in AVX-512
 static_assert(kTileRows % kMicroRows == 0);
+
+template <class Ar>
+inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values along the reduction
 
 template <class Ar>
 inline constexpr int kPanel = kPanelVectors * kLanes<typename Ar::C>;  // columns
@@ -43,7 +46,7 @@ inline constexpr int kPanel = kPanelVectors * kLanes<typename Ar::C>;  // column
 // address is one register plus a constant.
 template <class Ar>
 struct RowsOfA {  // ragged-M: a row of A is contiguous; the odd line spreads rows over the sets of L1
-  static constexpr int kRowStride = kBlockDepth / Ar::kDepth + 16;
+  static constexpr int kRowStride = kBlockSteps + 16;
   static constexpr int kStep = 1;
 };
 template <class Ar>
@@ -52,11 +55,26 @@ struct ColumnsOfA {  // ragged-K: A is the transpose of rows that lie contiguous
   static constexpr int kStep = kTileRows;
 };
 
+// Memory that will be packed next: the micro-kernel asks for it line by line while it multiplies, so that packing finds
+// it in L2.
+struct Ahead {
+  const char* begin = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;  // between rows; how many; of each
+
+  // The rows that part i of n asks for.
+  MOE_INLINE Ahead part(int64_t i, int64_t n) const {
+    const int64_t first = rows * i / n;
+    return {begin + first * stride, stride, rows * (i + 1) / n - first, bytes};
+  }
+};
+
+inline constexpr int kLineSteps = 8;  // steps of the micro-kernel between two lines asked for of each row
+
 // c[rows, kPanel] (+)= a[rows, depth] . b[depth, kPanel], summed in order of depth. A block's sum starts from zero and
 // joins c at the end: the error grows with the block's depth, not with the length of the whole reduction.
 template <class Ar, class Layout, int rows>
 void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, typename Ar::C* c,
-              bool first) {
+              bool first, const Ahead& ahead) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
@@ -66,18 +84,24 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Vec<C>{};
 
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<Element> panel[kPanelVectors];
+  int64_t line = 0;
+  for (int64_t left = depth; left > 0; left -= kLineSteps, line += 64) {
+    if (line < ahead.bytes)
+      for (int64_t row = 0; row < ahead.rows; ++row) __builtin_prefetch(ahead.begin + row * ahead.stride + line, 0, 2);
+    const int64_t steps = left < kLineSteps ? left : kLineSteps;
+    for (int64_t k = 0; k < steps; ++k) {
+      Vec<Element> panel[kPanelVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) std::memcpy(&panel[j], b + j * lanes, sizeof(panel[j]));
+      for (int j = 0; j < kPanelVectors; ++j) std::memcpy(&panel[j], b + j * lanes, sizeof(panel[j]));
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec<Element> value = broadcast(a[i * Layout::kRowStride]);
+      for (int i = 0; i < rows; ++i) {
+        const Vec<Element> value = broadcast(a[i * Layout::kRowStride]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Ar::step(acc[i][j], value, panel[j]);
+        for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Ar::step(acc[i][j], value, panel[j]);
+      }
+      a += Layout::kStep;
+      b += kPanelVectors * lanes;
     }
-    a += Layout::kStep;
-    b += kPanelVectors * lanes;
   }
 
 #pragma GCC unroll 16
@@ -92,23 +116,25 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
 // Any number of rows up to kMicroRows.
 template <class Ar, class Layout, int rows = kMicroRows>
 MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth,
-                              typename Ar::C* c, bool first) {
+                              typename Ar::C* c, bool first, const Ahead& ahead) {
   if constexpr (rows == 1) {
-    multiply<Ar, Layout, 1>(a, b, depth, c, first);
+    multiply<Ar, Layout, 1>(a, b, depth, c, first, ahead);
   } else {
-    if (n == rows) multiply<Ar, Layout, rows>(a, b, depth, c, first);
-    else multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, c, first);
+    if (n == rows) multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead);
+    else multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, c, first, ahead);
   }
 }
 
 // c[rows, cols] (+)= A block . B block, where B is packed in panels.
 template <class Ar, class Layout>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
-                    int64_t depth, typename Ar::C* c, bool first) {
+                    int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead = {}) {
+  const int64_t row_steps = ceil_div(rows, kMicroRows), calls = row_steps * ceil_div(cols, kPanel<Ar>);
+  int64_t call = 0;
   for (int64_t col = 0; col < cols; col += kPanel<Ar>)
-    for (int64_t row = 0; row < rows; row += kMicroRows)
+    for (int64_t row = 0; row < rows; row += kMicroRows, ++call)
       multiply_rows<Ar, Layout>(rows - row < kMicroRows ? rows - row : kMicroRows, a + row * Layout::kRowStride,
-                                b + col * depth, depth, c + row * kTileCols + col, first);
+                                b + col * depth, depth, c + row * kTileCols + col, first, ahead.part(call, calls));
 }
 
 }  // namespace moe::MOE_ISA

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/isa/multiply.h"
+#include "cpu/isa/transpose.h"
 
 namespace moe::MOE_ISA {
 
@@ -14,7 +15,10 @@ struct Reader {
   using Element = typename Ar::Element;
   static constexpr int kLanes_ = kLanes<C>;
 
+  // The first n values, as they are where they need neither a scale nor another type.
   static MOE_INLINE Packed<C, X> rounded(const S* from, int64_t n, C scale, bool scaled) {
+    if constexpr (std::is_same_v<S, X>)
+      if (!scaled) return load_packed<C>(from, n);
     auto v = load<C>(from, n);
     if (scaled) v = v * broadcast(scale);
     return from_compute<X, C>(v);
@@ -25,16 +29,10 @@ struct Reader {
     if constexpr (Ar::kDepth == 1) {
       return to_compute<C, X>(rounded(from, n, scale, scaled));
     } else {
-      Packed<C, X> v[2];
-      if constexpr (std::is_same_v<S, X>) {
-        if (!scaled) {
-          Vec<Element> pairs{};
-          std::memcpy(&pairs, from, n >= 2 * kLanes_ ? sizeof(pairs) : n * sizeof(S));
-          return pairs;
-        }
-      }
-      v[0] = rounded(from, n, scale, scaled);
-      v[1] = n > kLanes_ ? rounded(from + kLanes_, n - kLanes_, scale, scaled) : Packed<C, X>{};
+      if constexpr (std::is_same_v<S, X>)
+        if (n >= 2 * kLanes_ && !scaled) return load_vector<Element>(from);
+      const Packed<C, X> v[2] = {rounded(from, n, scale, scaled),
+                                 n > kLanes_ ? rounded(from + kLanes_, n - kLanes_, scale, scaled) : Packed<C, X>{}};
       return bit_cast<Vec<Element>>(v);
     }
   }
@@ -52,27 +50,6 @@ struct Reader {
   }
 };
 
-// rows[i][j] becomes rows[j][i], in log2(n) rounds of exchanges between rows `step` apart.
-template <class E, int step, int... lane>
-MOE_INLINE void exchange(Vec<E>& a, Vec<E>& b, std::integer_sequence<int, lane...>) {
-  constexpr int n = kLanes<E>;
-  const Vec<E> low = __builtin_shufflevector(a, b, ((lane & step) ? n + lane - step : lane)...);
-  const Vec<E> high = __builtin_shufflevector(a, b, ((lane & step) ? n + lane : lane + step)...);
-  a = low;
-  b = high;
-}
-
-template <class E, int step = 1>
-MOE_INLINE void transpose(Vec<E>* rows) {
-  constexpr int n = kLanes<E>;
-  if constexpr (step < n) {
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i)
-      if (!(i & step)) exchange<E, step>(rows[i], rows[i + step], std::make_integer_sequence<int, n>());
-    transpose<E, 2 * step>(rows);
-  }
-}
-
 // The slot of a row, kept within the slots there are whatever the plan says.
 inline int64_t slot_of(const GatheredRows& rows, int64_t row) {
   const int64_t slot = rows.row_slot[row], last = rows.num_rows * rows.width - 1;
@@ -89,37 +66,53 @@ void find_rows(const GatheredRows& rows, int64_t row_begin, int64_t n, const S**
   }
 }
 
-// A block for the ragged-M product: row i of it is values k_begin..k_begin+depth of from[i].
+// A block for the ragged-M product: row i of it, at to + i * stride, is values k_begin..k_begin+depth of from[i], then
+// zeros to the end of a vector.
 template <class Ar, class S>
 void pack_rows(const S* const* from, const typename Ar::C* scale, bool scaled, int64_t rows, int64_t k_begin,
-               int64_t depth, typename Ar::Element* to) {
+               int64_t depth, typename Ar::Element* to, int64_t stride) {
   using Read = Reader<Ar, S, S>;
   constexpr int step = kLanes<typename Ar::C> * Ar::kDepth;
-  for (int64_t i = 0; i < rows; ++i, to += RowsOfA<Ar>::kRowStride)
-    for (int64_t k = 0; k < depth; k += step) {
-      const auto v = Read::along_k(from[i] + k_begin + k, depth - k, scale[i], scaled);
-      std::memcpy(to + k / Ar::kDepth, &v, sizeof(v));
-    }
+  for (int64_t i = 0; i < rows; ++i, to += stride) {
+    const S* row = from[i] + k_begin;
+    int64_t k = 0;
+    for (; k + step <= depth; k += step)
+      store_vector(to + k / Ar::kDepth, Read::along_k(row + k, step, scale[i], scaled));
+    if (k < depth) store_vector(to + k / Ar::kDepth, Read::along_k(row + k, depth - k, scale[i], scaled));
+  }
 }
 
-// Rows r (or pairs of rows) of an operand of the ragged-K product: `cols` columns of each, in panels of `panel`
-// columns. The last panel is filled up with zeros: its columns are computed, though never stored.
+// Row r of a block (or the pair of rows r, r + 1), columns 0..cols, in panels of `panel` columns; the rest of the last
+// panel is zeros: its columns are computed, though never stored.
+template <class Ar, class X, int panel, class S>
+MOE_INLINE void pack_across(const S* const* rows, const typename Ar::C* scale, bool scaled, int64_t cols, int64_t step,
+                            int64_t steps, typename Ar::Element* to) {
+  using Read = Reader<Ar, X, S>;
+  constexpr int lanes = kLanes<typename Ar::C>;
+  const auto at = [&](int64_t col) { return to + (col / panel * steps + step) * panel + col % panel; };
+  const auto read = [&](int64_t col, int64_t n) __attribute__((always_inline)) {
+    const S* from[2] = {rows[0] + col, Ar::kDepth == 2 && rows[1] ? rows[1] + col : nullptr};
+    return Read::across_k(from, n, scale, scaled);
+  };
+  int64_t col = 0;
+  for (; col + lanes <= cols; col += lanes) store_vector(at(col), read(col, lanes));
+  if (col < cols) store_vector(at(col), read(col, cols - col)), col += lanes;
+  for (const int64_t padded = ceil_div(cols, panel) * panel; col < padded; col += lanes)
+    store_vector(at(col), Vec<typename Ar::Element>{});
+}
+
+// Rows of an operand of the ragged-K product: `cols` columns of each, from col_begin on.
 template <class Ar, int panel, class S>
 void pack_columns(const S* const* from, const typename Ar::C* scale, bool scaled, int64_t depth, int64_t col_begin,
                   int64_t cols, typename Ar::Element* to) {
-  using Read = Reader<Ar, S, S>;
-  constexpr int lanes = kLanes<typename Ar::C>;
   const int64_t steps = ceil_div(depth, Ar::kDepth);
-  const int64_t padded = ceil_div(cols, kPanel<Ar>) * kPanel<Ar>;
-  for (int64_t step = 0; step < steps; ++step)
-    for (int64_t col = 0; col < padded; col += lanes) {
-      const int64_t r = step * Ar::kDepth;
-      const S* rows[2] = {from[r] + col_begin + col,
-                          Ar::kDepth == 2 && r + 1 < depth ? from[r + 1] + col_begin + col : nullptr};
-      const typename Ar::C scales[2] = {scale[r], rows[1] ? scale[r + 1] : 0};
-      const auto v = Read::across_k(rows, cols > col ? cols - col : 0, scales, scaled);
-      std::memcpy(to + (col / panel * steps + step) * panel + col % panel, &v, sizeof(v));
-    }
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t r = step * Ar::kDepth;
+    const bool second = Ar::kDepth == 2 && r + 1 < depth;
+    const S* rows[2] = {from[r] + col_begin, second ? from[r + 1] + col_begin : nullptr};
+    const typename Ar::C scales[2] = {scale[r], second ? scale[r + 1] : 0};
+    pack_across<Ar, S, panel>(rows, scales, scaled, cols, step, steps, to);
+  }
 }
 
 // A run of columns of a weight tile: weight rows begin, begin + step, ...
@@ -127,62 +120,64 @@ struct Columns {
   int64_t begin, step, count;
 };
 
-// Panels of one run of columns of an expert's weights, [N, K] with unit stride along K or along N.
+// A square block of weights, kLanes columns by kLanes Elements along K, with each Element's columns side by side:
+// `width` columns and `depth` values are there, the others are zeros.
+template <class Ar, class X, class S>
+MOE_INLINE void load_transposed(const S* corner, int64_t n_stride, int64_t width, int64_t depth,
+                                Vec<typename Ar::Element>* block) {
+  using Read = Reader<Ar, X, S>;
+  constexpr int lanes = kLanes<typename Ar::C>, whole = lanes * Ar::kDepth;
+  if (width >= lanes && depth >= whole) {
+#pragma GCC unroll 16
+    for (int j = 0; j < lanes; ++j) block[j] = Read::along_k(corner + j * n_stride, whole, 1, false);
+  } else {
+#pragma GCC unroll 16
+    for (int j = 0; j < lanes; ++j)
+      block[j] = j < width ? Read::along_k(corner + j * n_stride, depth, 1, false) : Vec<typename Ar::Element>{};
+  }
+  transpose<typename Ar::Element>(block);
+}
+
+// Panels of one run of columns of an expert's weights, [N, K] with unit stride along K or along N. Beyond the columns
+// and beyond the depth there are zeros up to the end of a vector; a panel holds room for them.
 template <class Ar, class X, class S>
 void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, Columns columns, int64_t k_begin, int64_t depth,
                   typename Ar::Element* to) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
-  using Read = Reader<Ar, X, S>;
   constexpr int lanes = kLanes<C>, panel = kPanel<Ar>;
   const int64_t steps = ceil_div(depth, Ar::kDepth);
+  weight += columns.begin * n_stride + k_begin * k_stride;
   n_stride *= columns.step;
-  weight += columns.begin * (n_stride / columns.step) + k_begin * k_stride;
-  for (int64_t col = 0; col < columns.count; col += lanes) {
-    const int64_t width = columns.count - col < lanes ? columns.count - col : lanes;
-    const S* from = weight + col * n_stride;
-    Element* panel_to = to + col / panel * panel * steps + col % panel;
-    if (k_stride == 1) {
+  if (k_stride == 1) {
+    for (int64_t col = 0; col < ceil_div(columns.count, panel) * panel; col += lanes) {
+      Element* panel_to = to + col / panel * panel * steps + col % panel;
       for (int64_t step = 0; step < steps; step += lanes) {
-        const S* corner = from + step * Ar::kDepth;
-        const int64_t left = depth - step * Ar::kDepth, valid = steps - step < lanes ? steps - step : lanes;
-        if (width == lanes && left >= lanes * Ar::kDepth) {  // a whole block, which stays in registers
-          Vec<Element> block[lanes];
+        Vec<Element> block[lanes];
+        load_transposed<Ar, X>(weight + col * n_stride + step * Ar::kDepth, n_stride, columns.count - col,
+                               depth - step * Ar::kDepth, block);
+        if (steps - step >= lanes) {
 #pragma GCC unroll 16
-          for (int j = 0; j < lanes; ++j) block[j] = Read::along_k(corner + j * n_stride, lanes * Ar::kDepth, 1, false);
-          transpose<Element>(block);
-#pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) std::memcpy(panel_to + (step + i) * panel, &block[i], sizeof(block[i]));
+          for (int i = 0; i < lanes; ++i) store_vector(panel_to + (step + i) * panel, block[i]);
         } else {
-          Vec<Element> block[lanes] = {};
-          for (int64_t j = 0; j < width; ++j) block[j] = Read::along_k(corner + j * n_stride, left, 1, false);
-          transpose<Element>(block);
-          for (int64_t i = 0; i < valid; ++i) std::memcpy(panel_to + (step + i) * panel, &block[i], sizeof(block[i]));
+          for (int64_t i = 0; i < steps - step; ++i) store_vector(panel_to + (step + i) * panel, block[i]);
         }
-      }
-    } else {
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t k = step * Ar::kDepth;
-        S row[2][lanes] = {};
-        const S* rows[2];
-        for (int half = 0; half < Ar::kDepth; ++half) {
-          rows[half] = k + half < depth ? from + (k + half) * k_stride : nullptr;
-          if (n_stride != 1 && rows[half]) {
-            for (int64_t j = 0; j < width; ++j) row[half][j] = rows[half][j * n_stride];
-            rows[half] = row[half];
-          }
-        }
-        const C scales[2] = {1, 1};
-        const auto v = Read::across_k(rows, width, scales, false);
-        std::memcpy(panel_to + step * panel, &v, sizeof(v));
       }
     }
+  } else {
+    const C scales[2] = {1, 1};
+    S gathered[2][kTileCols];
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t k = step * Ar::kDepth;
+      const S* rows[2] = {weight + k * k_stride,
+                          Ar::kDepth == 2 && k + 1 < depth ? weight + (k + 1) * k_stride : nullptr};
+      for (int half = 0; n_stride != 1 && half < Ar::kDepth && rows[half]; ++half) {
+        for (int64_t j = 0; j < columns.count; ++j) gathered[half][j] = rows[half][j * n_stride];
+        rows[half] = gathered[half];
+      }
+      pack_across<Ar, X, panel>(rows, scales, false, columns.count, step, steps, to);
+    }
   }
-  // As above, zeros up to the end of the last panel.
-  const int64_t padded = ceil_div(columns.count, panel) * panel;
-  for (int64_t col = round_to_lanes<C>(columns.count); col < padded; col += lanes)
-    for (int64_t step = 0; step < steps; ++step)
-      std::memset(to + (col / panel * steps + step) * panel + col % panel, 0, lanes * sizeof(Element));
 }
 
 }  // namespace moe::MOE_ISA

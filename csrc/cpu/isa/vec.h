@@ -107,20 +107,18 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   }
 }
 
-template <class C, class S>
-MOE_INLINE Vec<C> load(const S* from) {
-  Packed<C, S> v;
-  std::memcpy(&v, from, sizeof(v));
-  return to_compute<C, S>(v);
-}
-
 // The first n values; the other lanes are zero.
 template <class C, class S>
-MOE_INLINE Vec<C> load(const S* from, int64_t n) {
-  if (n >= kLanes<C>) return load<C>(from);
+MOE_INLINE Packed<C, S> load_packed(const S* from, int64_t n = kLanes<C>) {
   Packed<C, S> v{};
-  std::memcpy(&v, from, n * sizeof(S));
-  return to_compute<C, S>(v);
+  if (n >= kLanes<C>) std::memcpy(&v, from, sizeof(v));
+  else std::memcpy(&v, from, n * sizeof(S));
+  return v;
+}
+
+template <class C, class S>
+MOE_INLINE Vec<C> load(const S* from, int64_t n = kLanes<C>) {
+  return to_compute<C, S>(load_packed<C>(from, n));
 }
 
 template <class C, class S>
@@ -135,6 +133,19 @@ MOE_INLINE void store(S* to, Vec<C> value, int64_t n) {
   if (n >= kLanes<C>) return store<C>(to, value);
   auto v = from_compute<S, C>(value);
   std::memcpy(to, &v, n * sizeof(S));
+}
+
+// A whole vector, as it is.
+template <class E>
+MOE_INLINE Vec<E> load_vector(const void* from) {
+  Vec<E> v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class E>
+MOE_INLINE void store_vector(E* to, Vec<E> value) {
+  std::memcpy(to, &value, sizeof(value));
 }
 
 // One value at a time, with the same rounding.
@@ -168,6 +179,7 @@ MOE_INLINE decltype(auto) visit_dtype(Dtype dtype, F&& f) {
 }
 
 MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOE_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Values that whole vectors of C take.
 template <class C>

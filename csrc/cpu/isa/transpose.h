@@ -1,0 +1,40 @@
+// Square blocks of vectors transposed in registers.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+namespace moe::MOE_ISA {
+
+// The even (odd = 0) or odd units of a, then those of b. Units are values within each 16 bytes of a register, or those
+// 16 bytes within the register: what one shuffle instruction does without an index register.
+template <class E, bool within>
+constexpr int unzipped(int lane, int odd) {
+  constexpr int n = kLanes<E>, unit = 16 / int(sizeof(E)), length = within ? unit : n / unit;
+  const int at = within ? lane % unit : lane / unit;
+  const int source = at < length / 2 ? 2 * at + odd : 2 * (at - length / 2) + odd;
+  const int from_b = at < length / 2 ? 0 : n;
+  return from_b + (within ? lane / unit * unit + source : source * unit + lane % unit);
+}
+
+template <class E, bool within, int... lane>
+MOE_INLINE void unzip(Vec<E>& a, Vec<E>& b, std::integer_sequence<int, lane...>) {
+  using Float = std::conditional_t<sizeof(E) == 4, float, double>;  // integers have no shuffle of two registers
+  const auto x = bit_cast<Vec<Float>>(a), y = bit_cast<Vec<Float>>(b);
+  a = bit_cast<Vec<E>>(__builtin_shufflevector(x, y, (unzipped<E, within>(lane, 0))...));
+  b = bit_cast<Vec<E>>(__builtin_shufflevector(x, y, (unzipped<E, within>(lane, 1))...));
+}
+
+// rows[i][j] becomes rows[j][i], in log2(n) rounds over pairs of rows `step` apart.
+template <class E, int step = 1>
+MOE_INLINE void transpose(Vec<E>* rows) {
+  constexpr int n = kLanes<E>;
+  if constexpr (step < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      if (!(i & step))
+        unzip<E, (step < 16 / int(sizeof(E)))>(rows[i], rows[i + step], std::make_integer_sequence<int, n>());
+    transpose<E, 2 * step>(rows);
+  }
+}
+
+}  // namespace moe::MOE_ISA
