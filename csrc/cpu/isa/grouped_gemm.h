@@ -159,10 +159,18 @@ inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row
   });
 }
 
-// to[j] = value[j], or += it
-template <class C, class S>
-MOE_INLINE void store_gradient(S* to, Vec<C> value, int64_t n, bool accumulate) {
-  store<C>(to, accumulate ? load<C>(to, n) + value : value, n);
+// to = values [cols], or += them; past the caches where that is asked for and `to` is aligned.
+template <class S, class C>
+MOE_INLINE void store_gradient(S* to, const C* values, int64_t cols, bool accumulate, bool past_caches) {
+  constexpr int lanes = kLanes<C>;
+  if (accumulate) {
+    for (int64_t j = 0; j < cols; j += lanes)
+      store<C>(to + j, load<C>(to + j, cols - j) + load<C>(values + j), cols - j);
+  } else if (past_caches && uintptr_t(to) % sizeof(Packed<C, S>) == 0 && cols % lanes == 0) {
+    for (int64_t j = 0; j < cols; j += lanes) stream_vector(to + j, from_compute<S, C>(load<C>(values + j)));
+  } else {
+    for (int64_t j = 0; j < cols; j += lanes) store<C>(to + j, load<C>(values + j), cols - j);
+  }
 }
 
 template <class X>
@@ -188,12 +196,12 @@ void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_beg
 
   visit_dtype(p.out_dtype, [&](auto* out) {
     using S = std::remove_pointer_t<decltype(out)>;
-    for (int64_t i = 0; i < n; ++i) {
-      S* to = static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin;
-      for (int64_t j = 0; j < cols; j += kLanes<C>)
-        store_gradient<C>(to + j, load<C>(blocks.tile + i * kTileCols + j), cols - j, p.accumulate);
-    }
+    const bool past_caches = p.num_experts * p.n * p.k * int64_t(sizeof(S)) > kStreamBytes;
+    for (int64_t i = 0; i < n; ++i)
+      store_gradient(static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin, blocks.tile + i * kTileCols,
+                     cols, p.accumulate, past_caches);
   });
+  stream_fence();
 }
 
 inline void grouped_gemm_weight_grad(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
