@@ -81,6 +81,17 @@ def test_sums_are_not_rounded_between(dtype, device, instruction_set):
     assert_bitwise_equal(y, torch.full((3, 4), 2048.0 + top_k - 1).to(dtype))
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("hidden", [1, 37])
+def test_sums_go_in_the_order_of_k(hidden, weighted, device, instruction_set):
+    """The other way round the 1 is lost beside 1e8."""
+    plan = moe_ops.plan(place(torch.tensor([[2, 0, 1]]), device), 3)
+    by_choice = torch.tensor([1e8, -1e8, 1.0])[:, None].expand(3, hidden)
+    rows = by_choice[plan.row_slot.cpu().long()]
+    y = moe_ops.combine(place(rows, device), place(torch.ones(1, 3), device) if weighted else None, plan)
+    assert y.tolist() == [[1.0] * hidden]
+
+
 @every_layout
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype, device, instruction_set):
