@@ -16,7 +16,9 @@ from cases import (
     every_case,
     every_dtype,
     every_layout,
+    input_layouts,
     integers,
+    layouts,
     powers,
     randn,
     same_rows,
@@ -193,5 +195,6 @@ def test_property(data):
     if data.draw(st.booleans()):
         weight_dtype = data.draw(st.sampled_from(DTYPES))
         tensors["weights"] = powers(tokens, top_k, dtype=weight_dtype, seed=seed)
-    call = combine(ids, experts, capacity=capacity)
-    compare(call, tensors, torch.device("cpu"), tuple(tensors), exact=True)
+    tensors = {name: data.draw(input_layouts)(t) for name, t in tensors.items()}
+    call, cpu = combine(data.draw(input_layouts)(ids), experts, capacity=capacity), torch.device("cpu")
+    compare(call, tensors, cpu, tuple(tensors), exact=True, grad_layout=data.draw(layouts))

@@ -19,7 +19,9 @@ from cases import (
     every_case,
     every_dtype,
     every_layout,
+    input_layouts,
     integers,
+    layouts,
     powers,
     randn,
     same_rows,
@@ -284,7 +286,9 @@ def test_property(data):
         "capacity": data.draw(st.none() | st.integers(0, 20)),
         "drop_policy": data.draw(st.sampled_from(["position", "choice_first", "probability"])),
     }
-    compare(moe_mlp(ids, **options), tensors, torch.device("cpu"), tuple(tensors), exact=True)
+    tensors = {name: data.draw(input_layouts)(t) for name, t in tensors.items()}
+    call, cpu = moe_mlp(data.draw(input_layouts)(ids), **options), torch.device("cpu")
+    compare(call, tensors, cpu, tuple(tensors), exact=True, grad_layout=data.draw(layouts))
 
 
 def test_the_reference_itself():
