@@ -44,7 +44,7 @@ IMPORTS = {
     "fakes": ["checks"],
     "autograd": ["library"],
     "ops": ["autocast", "autograd", "checks", "fakes", "library", "types"],
-    "functional": ["autocast", "checks", "ops", "types"],
+    "functional": ["autocast", "autograd", "checks", "types"],
     "losses": ["checks", "module_checks", "types"],
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "reference", "types"],
 }

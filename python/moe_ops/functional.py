@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, checks
+from moe_ops.autograd import call
 from moe_ops.types import Plan
 
 
@@ -37,8 +38,8 @@ def dispatch(
     checks.dispatch(x, experts, group)
     if not torch.compiler.is_compiling():
         checks.slots("dispatch", "experts", experts.numel())
-    plan = Plan(*torch.ops.moe_ops.plan(experts, num_experts, capacity, policy, weights))
-    return torch.ops.moe_ops.permute(x, plan.row_slot, plan.slot_row), plan
+    plan = Plan(*call(torch.ops.moe_ops.plan, experts, num_experts, capacity, policy, weights))
+    return call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row), plan
 
 
 def moe_mlp(
@@ -113,7 +114,8 @@ def moe_mlp(
         checks.mlp_experts(x, weights, w_in, experts, capacity)
         if not torch.compiler.is_compiling():
             checks.slots("moe_mlp", "experts", weights.numel())
-        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, weights)
+        keys = weights if policy == checks.DROP_POLICIES["probability"] else None
+        offsets, row_slot, slot_row, _ = call(torch.ops.moe_ops.plan, experts, w_in.shape[0], capacity, policy, keys)
     else:
         checks.is_plan("moe_mlp", "plan", plan)
         if capacity is not None:
@@ -123,8 +125,8 @@ def moe_mlp(
     operands = (x, weights, w_in, w_out, b_in, b_out)
     keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     y: Tensor
-    y, _ = torch.ops.moe_ops.moe_mlp(
-        x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated, interleaved, alpha, bound,
-        up_offset, weight_on_input, keep_pre,
+    y, _ = call(
+        torch.ops.moe_ops.moe_mlp, x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated,
+        interleaved, alpha, bound, up_offset, weight_on_input, keep_pre,
     )  # fmt: skip
     return y

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, autograd, checks, fakes, library
+from moe_ops.autograd import call
 from moe_ops.types import Plan, RouteResult
 
 library.load()
@@ -134,9 +135,9 @@ def route(
         selection_bias = selection_bias.detach()
     if expert_scale is not None:
         expert_scale = expert_scale.to(compute)
-    weights, experts, counts, mean_prob, logsumexp = torch.ops.moe_ops.route(
-        logits, top_k, score_number, selection_bias, expert_scale, num_groups, top_groups, group_score_number,
-        group_mask_number, renormalize_number, eps, p, scale, cap, stats, segments, num_segments,
+    weights, experts, counts, mean_prob, logsumexp = call(
+        torch.ops.moe_ops.route, logits, top_k, score_number, selection_bias, expert_scale, num_groups, top_groups,
+        group_score_number, group_mask_number, renormalize_number, eps, p, scale, cap, stats, segments, num_segments,
     )  # fmt: skip
     return RouteResult(weights, experts, counts, mean_prob, logsumexp) if stats else (weights, experts)
 
@@ -173,7 +174,7 @@ def plan(
     checks.plan("plan", experts, num_experts, capacity, policy, weights)
     if not torch.compiler.is_compiling():  # a bound on a traced size would become a guard
         checks.slots("plan", "experts", experts.numel())
-    return Plan(*torch.ops.moe_ops.plan(experts, num_experts, capacity, policy, weights))
+    return Plan(*call(torch.ops.moe_ops.plan, experts, num_experts, capacity, policy, weights))
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
@@ -195,7 +196,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     checks.no_tangents("permute", x)
     checks.is_plan("permute", "plan", plan)
     checks.permute(x, plan.row_slot, plan.slot_row)
-    rows: Tensor = torch.ops.moe_ops.permute(x, plan.row_slot, plan.slot_row)
+    rows: Tensor = call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row)
     return rows
 
 
@@ -237,7 +238,7 @@ def grouped_gemm(
     if main_grad is not None:
         checks.main_grad("grouped_gemm", main_grad, w)
         w.main_grad = main_grad  # type: ignore[attr-defined]  # a copy in the autocast dtype has lost it
-    out: Tensor = torch.ops.moe_ops.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
+    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, w, offsets, bias, row_slot, slot_row)
     return out
 
 
@@ -260,5 +261,5 @@ def combine(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     checks.no_tangents("combine", rows, weights)
     checks.is_plan("combine", "plan", plan)
     checks.combine(rows, weights, plan.row_slot, plan.slot_row)
-    y: Tensor = torch.ops.moe_ops.combine(rows, weights, plan.row_slot, plan.slot_row)
+    y: Tensor = call(torch.ops.moe_ops.combine, rows, weights, plan.row_slot, plan.slot_row)
     return y
