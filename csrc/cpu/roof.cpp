@@ -12,6 +12,8 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/device.h"
+
 namespace moe {
 namespace {
 
@@ -58,6 +60,7 @@ using Buffer = std::unique_ptr<float[], Free>;
 
 Buffer touched_buffer(int64_t bytes) {
   Buffer buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
+  Device::allocated(buffer.get(), bytes);
   std::memset(buffer.get(), 1, bytes);
   return buffer;
 }

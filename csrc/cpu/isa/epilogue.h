@@ -55,7 +55,12 @@ struct Tile {
   int64_t expert, row_begin, rows, col_begin, cols;  // cols: of the result (inner columns where an activation follows)
 };
 
-// Bias of columns begin, begin + step, ... of the tile's expert, or zeros.
+// A run of an expert's biases: begin, begin + step, ...
+struct Columns {
+  int64_t begin, step, count;
+};
+
+// The biases of the tile's expert, or zeros.
 template <class C>
 void read_bias(const Vector& bias, int64_t expert, int64_t n, Columns columns, C* to) {
   for (int64_t j = 0; j < columns.count; ++j)

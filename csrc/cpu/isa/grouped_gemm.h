@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/isa/epilogue.h"
+#include "cpu/isa/stream.h"
 #include "cpu/scratch.h"
 
 namespace moe::MOE_ISA {
@@ -35,6 +36,83 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
   }
 }
 
+// The rows of A that a tile multiplies.
+template <class X, class C>
+struct TileRows {
+  const X* rows[kTileRows];
+  C scale[kTileRows];
+  bool scaled;
+  int64_t count;
+};
+
+// The weights that a tile multiplies: `cols` columns, or as many gates and ups, from an expert's rows gate, gate +
+// step,
+// ... and up, up + step, ...
+template <class W>
+struct TileWeights {
+  const W* data;
+  int64_t n_stride, k_stride, depth;
+  InnerColumns at;
+  int64_t cols;
+  bool gated;
+
+  const W* run(int64_t half) const { return data + (half ? at.up : at.gate) * n_stride; }
+  int64_t col_stride() const { return at.step * n_stride; }
+};
+
+// Many rows: the weights are packed in chunks, columns within a block along K, and each is multiplied at once. Where
+// their unit stride runs along K a chunk is a panel, which packing leaves in L1; otherwise it is as wide as the tile,
+// so that rows are read in long runs.
+template <class Ar, class X, class W>
+void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
+  const bool along = w.k_stride == 1;
+  const int64_t chunk_cols = along ? kPanel<Ar> : w.cols;
+  const int64_t per_half = ceil_div(w.cols, chunk_cols), per_block = w.gated ? 2 * per_half : per_half;
+  struct Chunk {
+    int64_t k, depth, cols, tile_col;
+    const W* weights;
+  };
+  const auto chunk = [&](int64_t i) -> Chunk {
+    const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half;
+    const int64_t col = i % per_half * chunk_cols;
+    return {k, min(w.depth - k, kBlockDepth<Ar>), min(w.cols - col, chunk_cols), half * kTileCols / 2 + col,
+            w.run(half) + col * w.col_stride() + k * w.k_stride};
+  };
+  const auto ahead = [&](const Chunk& c) -> Ahead {
+    const auto* begin = reinterpret_cast<const char*>(c.weights);
+    constexpr int64_t size = sizeof(W);
+    return along ? Ahead{begin, w.col_stride() * size, c.cols, c.depth * size}
+                 : Ahead{begin, w.k_stride * size, c.depth, c.cols * size};
+  };
+
+  const int64_t chunks = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;
+  Chunk next = chunk(0);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const Chunk c = next;
+    next = chunk(min(i + 1, chunks - 1));
+    if (i % per_block == 0)
+      pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, c.k, c.depth, blocks.a, RowsOfA<Ar>::kRowStride);
+    pack_weights<Ar, X>(c.weights, w.col_stride(), w.k_stride, c.cols, c.depth, blocks.b);
+    multiply_block<Ar, RowsOfA<Ar>>(blocks.a, blocks.b, a.count, c.cols, ceil_div(c.depth, Ar::kDepth),
+                                    blocks.tile + c.tile_col, c.k == 0, i + 1 < chunks ? ahead(next) : Ahead{});
+  }
+}
+
+// Few rows, weights with unit stride along K: as much of the rows as fits is packed, then the weights stream by.
+template <class Ar, class X, class W>
+void multiply_streamed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
+  constexpr int64_t kStride = sizeof(blocks.a) / sizeof(blocks.a[0]) / kStreamRows / kBlockSteps * kBlockSteps;
+  constexpr int64_t kDepth = kStride * Ar::kDepth;
+  std::memset(blocks.a + a.count * kStride, 0, (kStreamRows - a.count) * kStride * sizeof(blocks.a[0]));
+  for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
+    const int64_t depth = min(w.depth - k, kDepth);
+    pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a, kStride);
+    for (int64_t half = 0; half <= w.gated; ++half)
+      stream<Ar, X>(a.count, blocks.a, kStride, w.run(half) + k, w.col_stride(), w.cols, depth,
+                    blocks.tile + half * kTileCols / 2, k == 0);
+  }
+}
+
 template <class X, class W>
 void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
                        int64_t col_begin, void* partial_score, int64_t score_stride) {
@@ -43,54 +121,25 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
   auto& blocks = Blocks<Ar>::of_thread();
   const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
   const int64_t result_cols = gated ? p.n / 2 : p.n, width = gated ? kTileCols / 2 : kTileCols;
-  const Tile tile{expert, row_begin, row_end - row_begin, col_begin,
-                  result_cols - col_begin < width ? result_cols - col_begin : width};
+  const Tile tile{expert, row_begin, row_end - row_begin, col_begin, min(result_cols - col_begin, width)};
 
-  const X* rows[kTileRows];
-  C scale[kTileRows];
-  find_rows(p.a, row_begin, tile.rows, rows, scale);
+  TileRows<X, C> a{.scaled = bool(p.a.scale), .count = tile.rows};
+  find_rows(p.a, row_begin, tile.rows, a.rows, a.scale);
   C* const share = p.grad_score ? static_cast<C*>(partial_score) + col_begin / kTileCols : nullptr;
   if (share && p.score_bias && col_begin == 0)
-    add_bias_share(p, expert, rows, tile.rows, blocks.tile, kTileRows * kTileCols, share + row_begin * score_stride,
+    add_bias_share(p, expert, a.rows, tile.rows, blocks.tile, kTileRows * kTileCols, share + row_begin * score_stride,
                    score_stride);
   if (tile.cols == 0) return;
-  const InnerColumns at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, result_cols);
-  const W* weight = static_cast<const W*>(p.weight.data) + expert * p.weight.expert_stride;
-  // The weights in chunks that are packed and multiplied one after another: columns within a block along K. Where their
-  // unit stride runs along K a chunk is a panel, which packing leaves in L1; otherwise it is as wide as a tile, so that
-  // rows are read in long runs.
-  struct Chunk {
-    int64_t k, depth, first_row, cols, tile_col;
-  };
-  const bool along = p.weight.k_stride == 1;
-  const int64_t chunk_cols = along ? kPanel<Ar> : width;
-  const int64_t per_half = ceil_div(tile.cols, chunk_cols), per_block = gated ? 2 * per_half : per_half;
-  const auto chunk = [&](int64_t i) -> Chunk {
-    const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half;
-    const int64_t col = i % per_half * chunk_cols;
-    return {k, min(p.k - k, kBlockDepth<Ar>), (half ? at.up : at.gate) + col * at.step,
-            min(tile.cols - col, chunk_cols), half * kTileCols / 2 + col};
-  };
-  const auto ahead = [&](const Chunk& c) -> Ahead {
-    const W* begin = weight + c.first_row * p.weight.n_stride + c.k * p.weight.k_stride;
-    constexpr int64_t size = sizeof(W);
-    if (along)
-      return {reinterpret_cast<const char*>(begin), at.step * p.weight.n_stride * size, c.cols, c.depth * size};
-    return {reinterpret_cast<const char*>(begin), p.weight.k_stride * size, c.depth, c.cols * size};
-  };
 
-  const int64_t chunks = (p.k ? ceil_div(p.k, kBlockDepth<Ar>) : 1) * per_block;
-  Chunk next = chunk(0);
-  for (int64_t i = 0; i < chunks; ++i) {
-    const Chunk c = next;
-    next = chunk(min(i + 1, chunks - 1));
-    if (i % per_block == 0)
-      pack_rows<Ar>(rows, scale, bool(p.a.scale), tile.rows, c.k, c.depth, blocks.a, RowsOfA<Ar>::kRowStride);
-    pack_weights<Ar, X>(weight, p.weight.n_stride, p.weight.k_stride, {c.first_row, at.step, c.cols}, c.k, c.depth,
-                        blocks.b);
-    multiply_block<Ar, RowsOfA<Ar>>(blocks.a, blocks.b, tile.rows, c.cols, ceil_div(c.depth, Ar::kDepth),
-                                    blocks.tile + c.tile_col, c.k == 0, i + 1 < chunks ? ahead(next) : Ahead{});
-  }
+  const TileWeights<W> w{.data = static_cast<const W*>(p.weight.data) + expert * p.weight.expert_stride,
+                         .n_stride = p.weight.n_stride,
+                         .k_stride = p.weight.k_stride,
+                         .depth = p.k,
+                         .at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, result_cols),
+                         .cols = tile.cols,
+                         .gated = gated};
+  if (tile.rows <= kStreamRows && w.k_stride == 1) multiply_streamed<Ar>(a, w, blocks);
+  else multiply_packed<Ar>(a, w, blocks);
 
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<X>(p, tile, blocks.tile);
@@ -110,10 +159,18 @@ inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row
   });
 }
 
-// to[j] = value[j], or += it
-template <class C, class S>
-MOE_INLINE void store_gradient(S* to, Vec<C> value, int64_t n, bool accumulate) {
-  store<C>(to, accumulate ? load<C>(to, n) + value : value, n);
+// to = values [cols], or += them; past the caches where that is asked for and `to` is aligned.
+template <class S, class C>
+MOE_INLINE void store_gradient(S* to, const C* values, int64_t cols, bool accumulate, bool past_caches) {
+  constexpr int lanes = kLanes<C>;
+  if (accumulate) {
+    for (int64_t j = 0; j < cols; j += lanes)
+      store<C>(to + j, load<C>(to + j, cols - j) + load<C>(values + j), cols - j);
+  } else if (past_caches && uintptr_t(to) % sizeof(Packed<C, S>) == 0 && cols % lanes == 0) {
+    for (int64_t j = 0; j < cols; j += lanes) stream_vector(to + j, from_compute<S, C>(load<C>(values + j)));
+  } else {
+    for (int64_t j = 0; j < cols; j += lanes) store<C>(to + j, load<C>(values + j), cols - j);
+  }
 }
 
 template <class X>
@@ -139,12 +196,12 @@ void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_beg
 
   visit_dtype(p.out_dtype, [&](auto* out) {
     using S = std::remove_pointer_t<decltype(out)>;
-    for (int64_t i = 0; i < n; ++i) {
-      S* to = static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin;
-      for (int64_t j = 0; j < cols; j += kLanes<C>)
-        store_gradient<C>(to + j, load<C>(blocks.tile + i * kTileCols + j), cols - j, p.accumulate);
-    }
+    const bool past_caches = p.num_experts * p.n * p.k * int64_t(sizeof(S)) > kStreamBytes;
+    for (int64_t i = 0; i < n; ++i)
+      store_gradient(static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin, blocks.tile + i * kTileCols,
+                     cols, p.accumulate, past_caches);
   });
+  stream_fence();
 }
 
 inline void grouped_gemm_weight_grad(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,

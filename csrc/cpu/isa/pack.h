@@ -115,11 +115,6 @@ void pack_columns(const S* const* from, const typename Ar::C* scale, bool scaled
   }
 }
 
-// A run of columns of a weight tile: weight rows begin, begin + step, ...
-struct Columns {
-  int64_t begin, step, count;
-};
-
 // A square block of weights, kLanes columns by kLanes Elements along K, with each Element's columns side by side:
 // `width` columns and `depth` values are there, the others are zeros.
 template <class Ar, class X, class S>
@@ -138,23 +133,20 @@ MOE_INLINE void load_transposed(const S* corner, int64_t n_stride, int64_t width
   transpose<typename Ar::Element>(block);
 }
 
-// Panels of one run of columns of an expert's weights, [N, K] with unit stride along K or along N. Beyond the columns
-// and beyond the depth there are zeros up to the end of a vector; a panel holds room for them.
+// Panels of `cols` columns of an expert's weights, with unit stride along K or along N (or none: a column at a time).
 template <class Ar, class X, class S>
-void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, Columns columns, int64_t k_begin, int64_t depth,
+void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t cols, int64_t depth,
                   typename Ar::Element* to) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>, panel = kPanel<Ar>;
   const int64_t steps = ceil_div(depth, Ar::kDepth);
-  weight += columns.begin * n_stride + k_begin * k_stride;
-  n_stride *= columns.step;
   if (k_stride == 1) {
-    for (int64_t col = 0; col < ceil_div(columns.count, panel) * panel; col += lanes) {
+    for (int64_t col = 0; col < ceil_div(cols, panel) * panel; col += lanes) {
       Element* panel_to = to + col / panel * panel * steps + col % panel;
       for (int64_t step = 0; step < steps; step += lanes) {
         Vec<Element> block[lanes];
-        load_transposed<Ar, X>(weight + col * n_stride + step * Ar::kDepth, n_stride, columns.count - col,
+        load_transposed<Ar, X>(weight + col * n_stride + step * Ar::kDepth, n_stride, cols - col,
                                depth - step * Ar::kDepth, block);
         if (steps - step >= lanes) {
 #pragma GCC unroll 16
@@ -172,10 +164,10 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, Columns c
       const S* rows[2] = {weight + k * k_stride,
                           Ar::kDepth == 2 && k + 1 < depth ? weight + (k + 1) * k_stride : nullptr};
       for (int half = 0; n_stride != 1 && half < Ar::kDepth && rows[half]; ++half) {
-        for (int64_t j = 0; j < columns.count; ++j) gathered[half][j] = rows[half][j * n_stride];
+        for (int64_t j = 0; j < cols; ++j) gathered[half][j] = rows[half][j * n_stride];
         rows[half] = gathered[half];
       }
-      pack_across<Ar, X, panel>(rows, scales, false, columns.count, step, steps, to);
+      pack_across<Ar, X, panel>(rows, scales, false, cols, step, steps, to);
     }
   }
 }
