@@ -90,10 +90,13 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
     except ImportError as reason:
         missing["transformers eager"] = str(reason)
 
+    y_and_gradients = exact_results(lambda *t: exact(*t, s, choices[0]), sets[0], grad_y, True)
+    dense_y_and_gradients = exact_results(lambda *t: peers.dense(*t, s), dense_sets[0], grad_y, True)
+
     def table(train: bool) -> None:
         require_gradients([*sets, *dense_sets], train)
-        expected = exact_results(lambda *t: exact(*t, s, choices[0]), sets[0], grad_y, train)
-        expected_dense = exact_results(lambda *t: peers.dense(*t, s), dense_sets[0], grad_y, train)
+        results = None if train else 1
+        expected, expected_dense = y_and_gradients[:results], dense_y_and_gradients[:results]
         work = (roofline.moe_training if train else roofline.moe_forward)(s, dtype.itemsize, active)
         variants = []
         for name, layer in layers.items():

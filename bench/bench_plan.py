@@ -54,7 +54,7 @@ def bench_plan(report: Report, s: Shape, dtype: torch.dtype) -> None:
 def main() -> None:
     args = parse_args("plan")
     args.dtype = ["int32"]
-    report = Report(args)
+    report = Report(args, tables_per_case=1)
     for shape, dtype in report.cases():
         bench_plan(report, shape, dtype)
     report.finish()

@@ -18,14 +18,14 @@ import shapes
 from display import print_table, processor, progress, table_line
 from roofline import Roofs, Work
 from shapes import Shape
-from timing import interleave, last_level_cache
+from timing import Timing, interleave, last_level_cache, summarize
 
 OURS = "moe_ops"
 
 # The largest error of a result, relative to its largest value, beyond which a variant computes something else.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2, "int32": 0}
 
-QUICK_SECONDS = 40  # of --quick, after the imports: no table is begun later
+QUICK_SECONDS = 38  # of --quick, after the imports: each table gets its share of what is left
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,13 @@ def _shape(text: str) -> Shape:
 class Report:
     """Runs the tables of one bench: checks each variant, times them together, prints, and collects the rows."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, tables_per_case: int = 2):
         import moe_ops
         from moe_ops import _C
 
         self.args = args
         self.results: list[tuple[Row, Work]] = []
+        self.tables_left = len(args.shape) * len(args.dtype) * tables_per_case
         self.ends_at = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -132,16 +133,20 @@ class Report:
         """missing: variants that are not there, and why."""
         type_name = str(dtype).removeprefix("torch.")
         print(f"\n{name}  {shape}  {type_name}")
-        if time.monotonic() > self.ends_at:
-            print("skipped: the time of --quick is over; is the machine busy?")
-            return
-        errors, notes = self._check(name, shape, type_name, variants)
+        begun = time.monotonic()
+        share = (self.ends_at - begun) / max(self.tables_left, 1)
+        self.tables_left -= 1
+        errors, timings, notes = self._check(name, shape, type_name, variants)
         notes = {**(missing or {}), **notes}
         ready = [variant for variant in variants if variant.name in errors]
-        with progress(name) as advance:
-            launches = {variant.name: variant.run for variant in ready}
-            budget = min(self.args.seconds, self.ends_at - time.monotonic())
-            timings = interleave(launches, sets=sets, budget_s=budget, advance=advance)
+        budget = min(self.args.seconds, begun + share - time.monotonic())
+        if budget > 0:
+            with progress(name) as advance:
+                launches = {variant.name: variant.run for variant in ready}
+                min_rounds = 1 if self.args.quick else 3
+                timings = interleave(launches, sets=sets, budget_s=budget, min_rounds=min_rounds, advance=advance)
+        else:
+            print("no time is left of --quick: these are the launches of the check; is the machine busy?")
         self.roofs = self.roofs.higher(Roofs.measure(last_level_cache(), seconds=0.05))
         lines = []
         for variant in ready:
@@ -158,14 +163,18 @@ class Report:
 
     def _check(
         self, name: str, shape: Shape, dtype: str, variants: Sequence[Variant]
-    ) -> tuple[dict[str, float], dict[str, str]]:
-        """The error of each variant, and of those that refuse to run the reason; ends the run where one is wrong."""
+    ) -> tuple[dict[str, float], dict[str, Timing], dict[str, str]]:
+        """The error and time of each variant, the reason of those that refuse; ends the run where one is wrong."""
         errors: dict[str, float] = {}
+        timings: dict[str, Timing] = {}
         refusals: dict[str, str] = {}
         allowed = TOLERANCE[dtype]
         for variant in variants:
+            begun = time.perf_counter()
             try:
-                error = variant.check(variant.run(0))
+                result = variant.run(0)
+                timings[variant.name] = summarize([time.perf_counter() - begun])
+                error = variant.check(result)
             except (RuntimeError, NotImplementedError) as refusal:
                 if variant.name == OURS:
                     raise
@@ -179,7 +188,7 @@ class Report:
             errors[variant.name] = error
         found = f"max error {max(errors.values()):.1e} (allowed {allowed:.0e})" if allowed else "max error 0 (integers)"
         print(f"checked: {found} of {len(errors)} variants, relative to the largest value of a float64 reference")
-        return errors, refusals
+        return errors, timings, refusals
 
     def _against_roof(self, row: Row, work: Work) -> Row:
         roof = self.roofs.seconds(work, row.dtype)

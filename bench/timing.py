@@ -51,9 +51,10 @@ def interleave(
     max_rounds: int = 300,
     advance: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> dict[str, Timing]:
-    """Times launches[name](set), one launch of each per round in a shuffled order, within about budget_s seconds.
+    """Times launches[name](set), one launch of each per round in a shuffled order, for budget_s seconds.
 
-    Every launch takes the set of operands that was used longest ago. advance(done, rounds) is called after each round.
+    No round is begun that would end later, but for the first min_rounds. Every launch takes the set of operands that
+    was used longest ago. advance(done, rounds) is called after each round.
     """
     next_set = 0
 
@@ -66,24 +67,26 @@ def interleave(
         next_set = (next_set + 1) % sets
         return seconds
 
-    one_round = sum(timed(launch) for launch in launches.values())  # also warms up what the check before has not
-    rounds = max(min_rounds, min(max_rounds, int(budget_s / max(one_round, 1e-9))))
-
-    samples: dict[str, list[float]] = {name: [] for name in launches}
+    turns: list[dict[str, float]] = []
     order = list(launches)
     shuffle = random.Random(0).shuffle
     collects = gc.isenabled()
     gc.disable()
-    begun = time.perf_counter()
+    now = time.perf_counter()
+    ends_at = now + budget_s
     try:
-        for done in range(1, rounds + 1):
+        while len(turns) <= max_rounds:
+            begun = now
             shuffle(order)
-            for name in order:
-                samples[name].append(timed(launches[name]))
-            advance(done, rounds)
-            if done >= min_rounds and time.perf_counter() - begun > 1.5 * budget_s:  # the machine became slower
+            turns.append({name: timed(launches[name]) for name in order})
+            now = time.perf_counter()
+            more = max(0, int((ends_at - now) / max(now - begun, 1e-9)))
+            advance(len(turns), len(turns) + more)
+            if more == 0 and len(turns) >= min_rounds:
                 break
     finally:
         if collects:
             gc.enable()
-    return {name: summarize(times) for name, times in samples.items()}
+    if len(turns) > min_rounds:
+        del turns[0]  # it warmed up what the check before has not
+    return {name: summarize([turn[name] for turn in turns]) for name in launches}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 NAN, INF = float("nan"), float("inf")
@@ -174,6 +175,10 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: lay
 def same_rows(t: Tensor) -> Tensor:
     """The first row expanded over all: stride 0."""
     return t[:1].expand_as(t)
+
+
+layouts = st.sampled_from([lambda t: t, *LAYOUTS])
+input_layouts = layouts | st.just(same_rows)  # that change the values, too
 
 
 def constant(t: Tensor) -> Tensor:

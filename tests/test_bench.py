@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,11 +98,36 @@ def test_variants_take_turns_and_the_oldest_operands():
 
     calls = []
     launches = {name: lambda i, name=name: calls.append((name, i)) for name in "abc"}
-    timings = interleave(launches, sets=4, budget_s=0, min_rounds=5, max_rounds=5)
+    timings = interleave(launches, sets=4, budget_s=60, max_rounds=5)
     assert {timing.launches for timing in timings.values()} == {5}
     assert [i for _, i in calls] == [launch % 4 for launch in range(len(calls))]
     rounds = [{name for name, _ in calls[i : i + 3]} for i in range(0, len(calls), 3)]
     assert rounds == [{"a", "b", "c"}] * 6  # the first warms up
+
+
+@pytest.mark.parametrize("min_rounds", [1, 3])
+def test_a_budget_is_kept_but_for_the_first_rounds(min_rounds):
+    from timing import interleave
+
+    timings = interleave({"slow": lambda i: time.sleep(0.02)}, budget_s=0.01, min_rounds=min_rounds)
+    assert timings["slow"].launches == min_rounds
+    begun = time.monotonic()
+    interleave({"slow": lambda i: time.sleep(0.02)}, budget_s=0.1, min_rounds=min_rounds)
+    assert time.monotonic() - begun < 1
+
+
+def test_quick_prints_every_row_however_little_time_is_left(capsys):
+    from bench_moe import bench_layer
+    from report import Report, parse_args
+
+    report = Report(parse_args("moe", ["--quick", "--shape", TINY]))
+    assert report.tables_left == 2
+    report.ends_at = time.monotonic()  # as on a busy machine
+    bench_layer(report, *next(report.cases()))
+    rows = [(row.name, row.variant) for row, _ in report.results]
+    assert len(rows) >= 8 and len(set(rows)) == len(rows)
+    assert {(name, "moe_ops") for name in ("moe forward", "moe forward+backward")} <= set(rows)
+    assert "no time is left of --quick" in capsys.readouterr().out
 
 
 def test_an_error_is_relative_and_a_nan_is_infinite():

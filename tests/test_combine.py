@@ -16,7 +16,9 @@ from cases import (
     every_case,
     every_dtype,
     every_layout,
+    input_layouts,
     integers,
+    layouts,
     powers,
     randn,
     same_rows,
@@ -79,6 +81,17 @@ def test_sums_are_not_rounded_between(dtype, device, instruction_set):
     values[slots[:, 0].long()] = 2048.0
     y = moe_ops.combine(place(values, device), None, plan)
     assert_bitwise_equal(y, torch.full((3, 4), 2048.0 + top_k - 1).to(dtype))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("hidden", [1, 37])
+def test_sums_go_in_the_order_of_k(hidden, weighted, device, instruction_set):
+    """The other way round the 1 is lost beside 1e8."""
+    plan = moe_ops.plan(place(torch.tensor([[2, 0, 1]]), device), 3)
+    by_choice = torch.tensor([1e8, -1e8, 1.0])[:, None].expand(3, hidden)
+    rows = by_choice[plan.row_slot.cpu().long()]
+    y = moe_ops.combine(place(rows, device), place(torch.ones(1, 3), device) if weighted else None, plan)
+    assert y.tolist() == [[1.0] * hidden]
 
 
 @every_layout
@@ -182,5 +195,6 @@ def test_property(data):
     if data.draw(st.booleans()):
         weight_dtype = data.draw(st.sampled_from(DTYPES))
         tensors["weights"] = powers(tokens, top_k, dtype=weight_dtype, seed=seed)
-    call = combine(ids, experts, capacity=capacity)
-    compare(call, tensors, torch.device("cpu"), tuple(tensors), exact=True)
+    tensors = {name: data.draw(input_layouts)(t) for name, t in tensors.items()}
+    call, cpu = combine(data.draw(input_layouts)(ids), experts, capacity=capacity), torch.device("cpu")
+    compare(call, tensors, cpu, tuple(tensors), exact=True, grad_layout=data.draw(layouts))

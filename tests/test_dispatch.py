@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
-from cases import DTYPES, every_case, every_dtype, integers, powers, randn, seeded, some_dropped
+from cases import DTYPES, every_case, every_dtype, input_layouts, integers, layouts, powers, randn, seeded, some_dropped
 
 
 def dispatch(ids, experts, **options):
@@ -32,13 +34,28 @@ def test_drop_policies(policy, device):
     assert out["counts"].max() == 4 and out["offsets"][-1] < (ids >= 0).sum(), "nothing was dropped"
 
 
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(data=st.data())
+def test_property(data):
+    tokens, top_k, experts = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    seed = data.draw(st.integers(0, 1000))
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=seeded(seed))
+    x = integers(tokens, data.draw(st.integers(0, 40)), dtype=data.draw(st.sampled_from(DTYPES)), seed=seed)
+    tensors = {"x": x, "weights": powers(tokens, top_k, seed=seed)}
+    tensors = {name: data.draw(input_layouts)(t) for name, t in tensors.items()}
+    options = {"capacity": data.draw(st.none() | st.integers(0, 8))}
+    options["drop_policy"] = data.draw(st.sampled_from(["position", "choice_first", "probability"]))
+    call, cpu = dispatch(data.draw(input_layouts)(ids), experts, **options), torch.device("cpu")
+    compare(call, tensors, cpu, ("x",), exact=True, grad_layout=data.draw(layouts))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_there_and_back(dtype, ids_dtype, device):
     """With weights that sum to one over what was kept, combine returns the tokens."""
     ids = torch.rand(40, 6, generator=seeded()).argsort(1)[:, :4].to(ids_dtype)
     x = place(randn(40, 33, dtype=dtype), device)
-    rows, plan = moe_ops.dispatch(x, place(ids, device), 6)
+    rows, plan = moe_ops.dispatch(x, place(ids, device), 6, group=None)
     assert_bitwise_equal(moe_ops.combine(rows, place(torch.full((40, 4), 0.25), device), plan), x)
 
 

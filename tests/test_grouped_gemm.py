@@ -16,7 +16,9 @@ from cases import (
     every_case,
     every_dtype,
     every_layout,
+    input_layouts,
     integers,
+    layouts,
     randn,
     same_rows,
     some_dropped,
@@ -279,6 +281,6 @@ def test_property(data):
     }
     if data.draw(st.booleans()):
         del tensors["bias"]
-    layouts = [lambda t: t, lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)]
-    tensors = {name: data.draw(st.sampled_from(layouts))(t) for name, t in tensors.items()}
-    compare(product(offsets_of(counts)), tensors, torch.device("cpu"), tuple(tensors), exact=True)
+    tensors = {name: data.draw(input_layouts)(t) for name, t in tensors.items()}
+    call, cpu = product(offsets_of(counts)), torch.device("cpu")
+    compare(call, tensors, cpu, tuple(tensors), exact=True, grad_layout=data.draw(layouts))

@@ -1,10 +1,115 @@
-"""More than 2**31 elements: an offset held in 32 bits would wrap."""
+"""More than 2**31 elements: an offset held in 32 bits would wrap.
+
+Tensors whose entries lie far apart need address space alone, as pages that nobody touches take no memory. What fills
+such a tensor is marked long.
+"""
 
 import pytest
 import torch
 
 import moe_ops
-from accuracy import place
+from accuracy import assert_bitwise_equal, compare, place
+from cases import Case, integers
+from test_combine import combine
+from test_grouped_gemm import ALL as GEMM
+from test_grouped_gemm import product
+from test_moe_mlp import ALL as MLP
+from test_moe_mlp import exact_tensors, moe_mlp
+from test_permute import permute
+
+STEP = 2**31 + 64  # elements
+
+
+# ---- far apart in memory --------------------------------------------------------------------------------------------
+
+
+def far(t, dim=0):
+    """The same values, STEP elements between one entry of a dimension and the next."""
+    strides = list(torch.empty(t.shape[dim:], device="meta").stride())
+    strides[0] = STEP
+    for size in reversed(t.shape[1 : dim + 1]):
+        strides.insert(0, strides[0] * size)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
+    return torch.empty(span, dtype=t.dtype, device=t.device).as_strided(t.shape, strides).copy_(t)
+
+
+def columns_apart(t):
+    """The same matrices, their columns STEP elements apart and their rows of unit stride."""
+    return far(t.transpose(-1, -2).contiguous(), t.dim() - 2).transpose(-1, -2)
+
+
+def check(call, tensors, device, needs, **moved):
+    """Values and gradients are those of the tensors as they lie, bit for bit; the outgoing gradient is far, too."""
+    near = compare(call, tensors, device, needs, exact=True)
+    ours = compare(call, tensors | moved, device, needs, exact=True, grad_layout=far)
+    for name in near:
+        assert_bitwise_equal(ours[name], near[name], name)
+
+
+# Two tokens that choose the experts in the opposite order, so that no row is where its token was.
+SWAPPED = torch.tensor([[1], [0]], dtype=torch.int32)
+LOW = torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_far_tokens_of_permute(dtype, device):
+    x = integers(2, 9, dtype=dtype)
+    check(permute(SWAPPED, 2), {"x": x}, device, ("x",), x=far(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_far_rows_of_combine(dtype, device, instruction_set):
+    tensors = {"rows": integers(2, 37, dtype=dtype), "weights": torch.tensor([[0.5], [2.0]])}
+    check(combine(SWAPPED, 2), tensors, device, ("rows", "weights"), rows=far(tensors["rows"]))
+    tensors = {"rows": tensors["rows"]}
+    check(combine(torch.tensor([[1, 0]]), 2), tensors, device, ("rows",), rows=far(tensors["rows"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_far_logits_of_route(dtype, device, instruction_set):
+    logits = integers(2, 37, dtype=dtype, limit=40)
+    near, ours = logits.clone().requires_grad_(), far(logits).requires_grad_()
+    results = [moe_ops.route(place(leaf, device), 3, renormalize=True, stats=True) for leaf in (near, ours)]
+    for expected, mine in zip(*results, strict=True):
+        assert_bitwise_equal(mine, expected)
+    for leaf, result in zip((near, ours), results, strict=True):
+        (result.weights.square().sum() + result.mean_prob.square().sum() + result.logsumexp.sum()).backward()
+        assert leaf.grad.count_nonzero() > 0
+    assert_bitwise_equal(ours.grad, near.grad)
+
+
+GEMM_TENSORS = {
+    "a": integers(2, 40, dtype=LOW, limit=1),
+    "w": integers(2, 35, 40, dtype=LOW, seed=1, limit=1),
+    "bias": integers(2, 35, dtype=LOW, seed=2),
+}
+
+
+@pytest.mark.parametrize("name", GEMM)
+def test_far_operands_of_grouped_gemm(name, device, instruction_set):
+    """Rows, experts' weights, experts' biases."""
+    call = product(torch.tensor([0, 1, 2], dtype=torch.int32))
+    check(call, GEMM_TENSORS, device, GEMM, **{name: far(GEMM_TENSORS[name])})
+
+
+@pytest.mark.parametrize("layout", [lambda w: far(w, 1), columns_apart], ids=["rows", "columns"])
+def test_far_rows_and_columns_of_one_weight(layout, device, instruction_set):
+    """[n, k] of unit stride along k, and, as a transposed view has it, along n."""
+    tensors = {"a": integers(2, 2, dtype=LOW, limit=1), "w": integers(1, 2, 2, dtype=LOW, seed=1, limit=1)}
+    call = product(torch.tensor([0, 2], dtype=torch.int32))
+    check(call, tensors, device, ("a", "w"), w=layout(tensors["w"]))
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("name", MLP)
+def test_far_operands_of_moe_mlp(name, weight_on, device, instruction_set):
+    case = Case("", tokens=2, experts=2, top_k=1, hidden=9, inner=5)
+    tensors = exact_tensors(case)
+    call = moe_mlp(SWAPPED, activation="relu", weight_on=weight_on)
+    check(call, tensors, device, MLP, **{name: far(tensors[name])})
+
+
+# ---- large in memory ------------------------------------------------------------------------------------------------
 
 HIDDEN = 2048
 TOKENS = 2**20 + 3  # [T, H] in bfloat16: 4 GiB, and 2**31 elements are passed at token 2**20

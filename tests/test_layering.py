@@ -40,12 +40,13 @@ IMPORTS = {
     "autocast": [],
     "reference": ["types"],
     "checks": ["types"],
+    "module_checks": ["checks", "types"],
     "fakes": ["checks"],
     "autograd": ["library"],
     "ops": ["autocast", "autograd", "checks", "fakes", "library", "types"],
-    "functional": ["autocast", "checks", "ops", "types"],
-    "losses": ["types"],
-    "nn": ["autocast", "checks", "functional", "nn", "ops", "reference", "types"],
+    "functional": ["autocast", "autograd", "checks", "types"],
+    "losses": ["checks", "module_checks", "types"],
+    "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "reference", "types"],
 }
 ENTRY_POINTS = ("__init__", "__main__")  # these may import anything
 

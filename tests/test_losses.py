@@ -87,15 +87,6 @@ def test_losses_without_tokens_are_zero():
     assert torch.equal(result.mean_prob.grad, torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize(
-    ("counts", "mean_prob", "got"),
-    [((4,), (4,), r"\[4\] and \[4\]"), ((1, 4), (2, 4), r"\[1, 4\] and \[2, 4\]")],
-)
-def test_load_balancing_refuses_other_shapes(counts, mean_prob, got):
-    with pytest.raises(ValueError, match=f"load_balancing: counts and mean_prob must both be .*, got {got}"):
-        losses.load_balancing((torch.zeros(counts, dtype=torch.int32), torch.zeros(mean_prob)))
-
-
 def test_z_loss_is_the_mean_square_of_logsumexp():
     logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     loss = losses.z_loss(route(logits, 2, stats=True).logsumexp, weight=0.25)
@@ -116,8 +107,3 @@ def test_losses_repeat_bit_for_bit(device):
 
     first, second = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_load_balancing_refuses_a_route_without_statistics():
-    with pytest.raises(TypeError, match=r"load_balancing: route must be a RouteResult .*, got counts of dtype float32"):
-        losses.load_balancing(route(torch.randn(4, 8), 2))

@@ -11,6 +11,7 @@ import moe_ops
 from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
 from cases import (
     DTYPES,
+    INF,
     LOW,
     NAN,
     Case,
@@ -18,7 +19,9 @@ from cases import (
     every_case,
     every_dtype,
     every_layout,
+    input_layouts,
     integers,
+    layouts,
     powers,
     randn,
     same_rows,
@@ -226,6 +229,36 @@ def test_nan_stays_where_it_belongs(weight_on, device, instruction_set):
     assert leaves["x"].grad[1:].isfinite().all() and leaves["x"].grad[4].count_nonzero() == 0
 
 
+def test_gate_and_up_are_not_rounded_before_their_product(device, instruction_set):
+    """257 * 3 is 772 in bfloat16; a gate that was rounded, to 256, would give 768."""
+    x = torch.ones(1, 257, dtype=torch.bfloat16)
+    w_in = torch.ones(1, 2, 257, dtype=torch.bfloat16)
+    w_in[0, 1, 3:] = 0
+    w_out, one = torch.ones(1, 1, 1, dtype=torch.bfloat16), torch.ones(1, 1)
+    tensors = (place(t, device) for t in (x, one, torch.zeros(1, 1, dtype=torch.int32), w_in))
+    w_out = place(w_out.expand(1, 257, 1), device)
+    assert (moe_ops.moe_mlp(*tensors, w_out, activation="relu") == 772).all()
+
+
+@pytest.mark.parametrize("activation, gate", [("relu", -1.0), ("relu2", -1.0), ("relu", 0.0), ("silu", 3.0)])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_a_dead_gate_takes_no_gradient_of_an_infinite_up(activation, gate, layout, value, device, instruction_set):
+    """0 * inf is NaN in y, as in torch; the gate's gradient is 0 there, whether relu or the limit cut it off."""
+    ids, tensors = torch.zeros(1, 1, dtype=torch.int32), exact_tensors(Case("", tokens=1, experts=1, top_k=1))
+    options = {"activation": activation, "layout": layout} | ({"limit": 2.0} if activation == "silu" else {})
+    tensors["w_in"].zero_()
+    by_half = torch.tensor([[gate] * 8, [value] * 8])  # gates, ups
+    tensors["b_in"] = (by_half.t() if layout == "interleaved" else by_half).reshape(1, 16)
+    grads = []
+    for api in (moe_ops, reference):
+        leaves = {n: place(t, device).requires_grad_() for n, t in tensors.items()}
+        moe_mlp(ids, **options)(api, **leaves).sum().backward()
+        grads.append(leaves["b_in"].grad)
+    assert_bitwise_equal(grads[0], grads[1] + 0.0)
+    assert (grads[0].view(8, 2)[:, 0] if layout == "interleaved" else grads[0][0, :8]).count_nonzero() == 0
+
+
 @settings(deadline=None, max_examples=120, derandomize=True)
 @given(data=st.data())
 def test_property(data):
@@ -253,7 +286,9 @@ def test_property(data):
         "capacity": data.draw(st.none() | st.integers(0, 20)),
         "drop_policy": data.draw(st.sampled_from(["position", "choice_first", "probability"])),
     }
-    compare(moe_mlp(ids, **options), tensors, torch.device("cpu"), tuple(tensors), exact=True)
+    tensors = {name: data.draw(input_layouts)(t) for name, t in tensors.items()}
+    call, cpu = moe_mlp(data.draw(input_layouts)(ids), **options), torch.device("cpu")
+    compare(call, tensors, cpu, tuple(tensors), exact=True, grad_layout=data.draw(layouts))
 
 
 def test_the_reference_itself():

@@ -377,24 +377,3 @@ def test_exports_with_a_dynamic_number_of_tokens():
 def test_capacity_is_exact(factor, count, rows):
     # Two choices, eight experts: 40 tokens are 10 rows each; in floating point 1.1 · 200 · 2 / 8 is above 55.
     assert nn.MoE(HIDDEN, INNER, 8, 2, capacity_factor=factor).capacity(count) == rows
-
-
-@pytest.mark.parametrize(
-    ("build", "text"),
-    [
-        (lambda: nn.Router(8, 4, 5), r"route: top_k must be between 1 and num_experts \(4\), got 5"),
-        (lambda: nn.Router(8, 4, 2, score="tanh"), "route: score"),
-        (lambda: nn.Router(8, 4, 2, jitter=1.0), r"Router: jitter must be in \[0, 1\), got 1.0"),
-        (lambda: nn.Experts(0, 8, 8), "Experts: num_experts must be at least 1, got 0"),
-        (lambda: nn.Experts(2, 8, 0), "Experts: inner must be at least 1, got 0"),
-        (lambda: nn.Experts(2, 8, 8, impl="fast"), "Experts: impl must be 'moe_ops' or 'naive', got 'fast'"),
-        (lambda: nn.MoE(8, 8, 4, 2, capacity_factor=0.0), "MoE: capacity_factor must be positive and finite, got 0.0"),
-        (lambda: nn.Experts(2, 8, 8, activation="swish"), "Experts: activation must be one of 'silu', .*, got 'swish'"),
-        (lambda: nn.Experts(2, 8, 8, layout="mixed", impl="naive"), "Experts: layout must be one of .*, got 'mixed'"),
-        (lambda: nn.MoE(8, 8, 4, 2, drop_policy="random"), "MoE: drop_policy must be one of .*, got 'random'"),
-        (lambda: nn.MoE(8, 8, 4, 2, shared_gate=True), "MoE: shared_gate needs a shared expert, got shared_inner=0"),
-    ],
-)
-def test_wrong_options_are_refused_when_built(build, text):
-    with pytest.raises(ValueError, match=text):
-        build()

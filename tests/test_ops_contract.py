@@ -4,6 +4,7 @@ Beside it what the gradients keep and compute: the memory law, and that nothing 
 """
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -298,6 +299,39 @@ def test_main_grad_accumulates(dtype, device):
     torch.testing.assert_close(w.main_grad - 1, expected.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
     moe_ops.grouped_gemm(a, w, plan.offsets, gather=plan).sum().backward()
     torch.testing.assert_close(w.main_grad - 1, 2 * expected.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_main_grad_under_autocast(weight_dtype, device):
+    """Also where the weight is cast, and the operator sees a copy of it."""
+    make = Maker(device, torch.float32, grad=True)
+    plan, a, w = make.plan(), make(T, H), make(E, INNER, H, dtype=weight_dtype)
+    results = []
+    for main_grad in (None, torch.zeros(E, INNER, H, device=device)):
+        w.main_grad, w.grad = main_grad, None
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            moe_ops.grouped_gemm(a, w, plan.offsets, gather=plan).float().sum().backward()
+        results.append(w.grad if main_grad is None else main_grad)
+    assert w.grad is None and results[1].count_nonzero() > 0
+    torch.testing.assert_close(results[1].to(weight_dtype), results[0], rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("main_grad", "error", "text"),
+    [
+        ([1.0], TypeError, "must be a Tensor of shape [experts, n, k], got list"),
+        (torch.zeros(E, H, INNER), ValueError, "must be of shape [experts, n, k] = [4, 3, 6], got [4, 6, 3]"),
+        (torch.zeros(E, INNER, H).bfloat16(), TypeError, "must be of dtype float32, got bfloat16"),
+        (torch.zeros(E, INNER, H, device="meta"), ValueError, "must be on the device of w (cpu), got meta"),
+        (torch.zeros(E, H, INNER).transpose(1, 2), ValueError, "must be contiguous, got strides [18, 1, 3]"),
+    ],
+)
+def test_a_wrong_main_grad_is_refused(main_grad, error, text):
+    make = Maker(torch.device("cpu"), torch.float32)
+    w = make(E, INNER, H)
+    w.main_grad = main_grad
+    with pytest.raises(error, match=re.escape(f"grouped_gemm: w.main_grad {text}")):
+        moe_ops.grouped_gemm(make(T * K, H), w, make.plan().offsets)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

@@ -14,7 +14,9 @@ from cases import (
     every_case,
     every_dtype,
     every_layout,
+    input_layouts,
     integers,
+    layouts,
     randn,
     same_rows,
     seeded,
@@ -135,5 +137,6 @@ def test_property(data):
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=seeded(seed))
     options = {"capacity": data.draw(st.none() | st.integers(0, 8))}
     options["drop_policy"] = data.draw(st.sampled_from(["position", "choice_first"]))
-    x = integers(tokens, hidden, dtype=dtype, seed=seed)
-    compare(permute(ids, experts, **options), {"x": x}, torch.device("cpu"), ("x",), exact=True)
+    x, cpu = data.draw(input_layouts)(integers(tokens, hidden, dtype=dtype, seed=seed)), torch.device("cpu")
+    call = permute(data.draw(input_layouts)(ids), experts, **options)
+    compare(call, {"x": x}, cpu, ("x",), exact=True, grad_layout=data.draw(layouts))

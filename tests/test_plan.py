@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import moe_ops
 from accuracy import assert_bitwise_equal, place
-from cases import NAN, every_case, every_layout, integers, randn, seeded
+from cases import NAN, every_case, every_layout, input_layouts, integers, randn, seeded
 from moe_ops import reference
 
 POLICIES = ["position", "choice_first", "probability"]
@@ -155,5 +155,6 @@ def test_property(data):
     weights = torch.tensor(grades, dtype=torch.float32).view(tokens, top_k)
     capacity = data.draw(st.none() | st.integers(0, 9))
     policy = data.draw(st.sampled_from(POLICIES))
+    ids, weights = data.draw(input_layouts)(ids), data.draw(input_layouts)(weights)
     ours = moe_ops.plan(ids, experts, capacity=capacity, drop_policy=policy, weights=weights)
     assert_plan(ours, by_hand(ids, experts, capacity, policy, weights))

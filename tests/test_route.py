@@ -184,11 +184,14 @@ def test_nan_stays_in_its_token(device, instruction_set):
 
 
 @pytest.mark.parametrize("experts", [8, 100])
-def test_any_number_of_threads(experts, device, threads, instruction_set):
-    tensors = {"logits": randn(2001, experts), "expert_scale": torch.rand(experts, generator=seeded(1)) + 0.5}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_threads(experts, dtype, device, threads, instruction_set):
+    """Float64 shows in which order the partial sums of the statistics, themselves float64, were added."""
+    scale = torch.rand(experts, generator=seeded(1), dtype=dtype) + 0.5
+    tensors = {"logits": randn(2001, experts, dtype=dtype), "expert_scale": scale}
     segments = place(torch.randint(-1, 7, (2001,), generator=seeded(2)), device)
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
         call = route(4, score="sigmoid", renormalize=True, stats=True, segments=segments, num_segments=7)
         results.append(compare(call, tensors, device, ("logits", "expert_scale")))

@@ -63,15 +63,20 @@ struct ActivationMath {
     V value, gate, up;
   };
 
-  // The value, and its derivatives by gate and by up times `grad`.
+  // The value, and its derivatives by gate and by up times `grad`. Where a derivative is 0 because its argument is cut
+  // off, the product is not taken: 0 * inf is NaN.
   static MOE_INLINE Gradient backward(const Activation& activation, V gate, V up, V grad) {
     const V limit = M::constant(activation.limit), zero = M::constant(0);
     const Slope slope = act<true>(activation, M::select(gate > limit, limit, gate));
-    const V derivative = M::select(gate > limit, zero, slope.derivative);
-    if (!activation.gated) return {slope.value, grad * derivative, zero};
-    const V factor = clamp(up, limit) + M::constant(activation.up_offset);
-    const V inside = M::select(up > limit, zero, M::select(up < -limit, zero, slope.value));
-    return {slope.value * factor, grad * derivative * factor, grad * inside};
+    const bool rectified = activation.act == Act::relu || activation.act == Act::relu2;
+    auto alive = [&](V grad_gate) {
+      if (rectified) grad_gate = M::select(gate <= zero, zero, grad_gate);
+      return M::select(gate > limit, zero, grad_gate);
+    };
+    if (!activation.gated) return {slope.value, alive(grad * slope.derivative), zero};
+    const V factor = clamp(up, limit) + M::constant(activation.up_offset), grad_up = grad * slope.value;
+    return {slope.value * factor, alive(grad * slope.derivative * factor),
+            M::select(up > limit, zero, M::select(up < -limit, zero, grad_up))};
   }
 
  private:

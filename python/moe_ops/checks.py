@@ -4,7 +4,6 @@ Texts name the operator, the argument, what was expected and what came. Nothing 
 for a device, and sizes are only compared, so every check can be traced.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -14,6 +13,10 @@ from torch.autograd import forward_ad
 from moe_ops.types import Plan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What permute copies beside them: what torch's stable ABI has.
+COPIED = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32}
+COPIED |= {torch.int64, torch.complex32, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e4m3fnuz}
+COPIED |= {torch.float8_e5m2, torch.float8_e5m2fnuz}
 
 # Names of options and their numbers in the schemas: the enumerators of csrc/stages/params.h, in its order.
 SCORES = {"softmax": 0, "softmax_selected": 1, "sigmoid": 2, "sqrtsoftplus": 3, "identity": 4}
@@ -25,13 +28,14 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 LAYOUTS = {"concatenated": 0, "interleaved": 1}
 WEIGHT_ON = {"output": 0, "input": 1}
 
-MAX_SLOTS = 2**31 - 1
+MAX_INT32 = 2**31 - 1
+MAX_INT64 = 2**63 - 1
 
 
 def option(op: str, name: str, value: Any, table: dict[Any, int]) -> int:
     """The number of an option given by name."""
     if not isinstance(value, (str, bool)):
-        raise TypeError(f"{op}: {name} must be {_one_of(table)}, got {_kind(value)}")
+        raise TypeError(f"{op}: {name} must be {_one_of(table)}, got {kind(value)}")
     if value not in table:
         raise ValueError(f"{op}: {name} must be {_one_of(table)}, got {value!r}")
     return table[value]
@@ -39,30 +43,36 @@ def option(op: str, name: str, value: Any, table: dict[Any, int]) -> int:
 
 def flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be True or False, got {_kind(value)}")
+        raise TypeError(f"{op}: {name} must be True or False, got {kind(value)}")
 
 
-def number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
-    """A float option; NaN is never meant."""
+def number(op: str, name: str, value: Any, *, positive: bool = False, dtype: torch.dtype = torch.float64) -> float:
+    """A float option that is finite in the dtype it is used in, and above 0 there if positive."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
-    if positive and not value > 0:
-        raise ValueError(f"{op}: {name} must be greater than 0, got {value}")
-    if not -math.inf <= value <= math.inf:  # isnan, which cannot be traced on a symbolic float
-        raise ValueError(f"{op}: {name} must be a number, got nan")
+        raise TypeError(f"{op}: {name} must be a number, got {kind(value)}")
+    bounds = torch.finfo(dtype)
+    if positive and not value >= bounds.tiny:
+        where = "" if value <= 0 else f" in {name_of(dtype)}"
+        raise ValueError(f"{op}: {name} must be greater than 0{where}, got {value}")
+    if not -bounds.max <= value <= bounds.max:  # not isfinite, which cannot be traced on a symbolic float
+        raise ValueError(f"{op}: {name} must be a finite {name_of(dtype)}, got {_brief(value)}")
     return float(value)
 
 
-def integer(op: str, name: str, value: Any, least: int) -> None:
+def integer(op: str, name: str, value: Any, least: int, most: int | None = None) -> None:
     _is_integer(op, name, value)
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    if most is not None and isinstance(value, int) and value > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, got {_brief(value)}")
 
 
 def tensor(op: str, name: str, value: Any, layout: str, dim: int) -> None:
     """A tensor of so many dimensions; layout names them."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor of shape {layout}, got {_kind(value)}")
+        raise TypeError(f"{op}: {name} must be a Tensor of shape {layout}, got {kind(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense Tensor, got one of layout {name_of(value.layout)}")
     if value.dim() != dim:
         raise ValueError(f"{op}: {name} must be of shape {layout}, got {list(value.shape)}")
 
@@ -70,20 +80,22 @@ def tensor(op: str, name: str, value: Any, layout: str, dim: int) -> None:
 def floats(op: str, name: str, value: Any, layout: str, dim: int) -> None:
     tensor(op, name, value, layout, dim)
     if value.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be of dtype float32, bfloat16, float16 or float64, got {_dtype(value)}")
+        raise TypeError(
+            f"{op}: {name} must be of dtype float32, bfloat16, float16 or float64, got {name_of(value.dtype)}"
+        )
 
 
 def ids(op: str, name: str, value: Any, layout: str, dim: int) -> None:
     tensor(op, name, value, layout, dim)
     if value.dtype != torch.int32 and value.dtype != torch.int64:
-        raise TypeError(f"{op}: {name} must be of dtype int32 or int64, got {_dtype(value)}")
+        raise TypeError(f"{op}: {name} must be of dtype int32 or int64, got {name_of(value.dtype)}")
 
 
 def index(op: str, name: str, value: Any, layout: str, dim: int) -> None:
     """A tensor of a plan."""
     tensor(op, name, value, layout, dim)
     if value.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be of dtype int32, as plan returns it, got {_dtype(value)}")
+        raise TypeError(f"{op}: {name} must be of dtype int32, as plan returns it, got {name_of(value.dtype)}")
 
 
 def same_device(op: str, name: str, value: Tensor, first_name: str, first: Tensor) -> None:
@@ -100,16 +112,8 @@ def expert_dtype(op: str, name: str, value: Tensor, first_name: str, first: Tens
     """Expert weights and biases have the dtype of the tokens, or float32 under bfloat16 and float16 tokens."""
     if value.dtype != first.dtype and (value.dtype != torch.float32 or first.dtype == torch.float64):
         allowed = "" if first.dtype in (torch.float32, torch.float64) else " or float32"
-        expected = f"the dtype of {first_name} ({_dtype(first)}){allowed}"
-        raise TypeError(f"{op}: {name} must have {expected}, got {_dtype(value)}")
-
-
-def last_dim(op: str, name: str, value: Any, expected: int) -> None:
-    """Tokens of a module: a reshape would take a multiple of its size for more tokens."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor of shape [..., {expected}], got {_kind(value)}")
-    if value.dim() < 1 or value.shape[-1] != expected:
-        raise ValueError(f"{op}: {name} must be of shape [..., {expected}], got {list(value.shape)}")
+        expected = f"the dtype of {first_name} ({name_of(first.dtype)}){allowed}"
+        raise TypeError(f"{op}: {name} must have {expected}, got {name_of(value.dtype)}")
 
 
 def no_tangents(op: str, *values: Any) -> None:
@@ -126,7 +130,7 @@ def no_tangents(op: str, *values: Any) -> None:
 
 def is_plan(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Plan):
-        raise TypeError(f"{op}: {name} must be a Plan, got {_kind(value)}")
+        raise TypeError(f"{op}: {name} must be a Plan, got {kind(value)}")
 
 
 def route(
@@ -162,7 +166,7 @@ def route(
         ids("route", "segments", segments, "[tokens]", 1)
         shape("route", "segments", segments, "[tokens]", (logits.shape[0],))
         same_device("route", "segments", segments, "logits", logits)
-    integer("route", "num_segments", num_segments, 1)
+    integer("route", "num_segments", num_segments, 1, MAX_INT32)
 
 
 def groups(value: Any) -> tuple[int, int]:
@@ -178,11 +182,9 @@ def groups(value: Any) -> tuple[int, int]:
 
 def plan(op: str, experts: Any, num_experts: Any, capacity: Any, drop_policy: int, weights: Any) -> None:
     ids(op, "experts", experts, "[tokens, top_k]", 2)
-    integer(op, "num_experts", num_experts, 1)
-    if num_experts >= MAX_SLOTS:
-        raise ValueError(f"{op}: num_experts must be less than 2**31 - 1, got {num_experts}")
+    integer(op, "num_experts", num_experts, 1, MAX_INT32 - 1)
     if capacity is not None:
-        integer(op, "capacity", capacity, 0)
+        integer(op, "capacity", capacity, 0, MAX_INT64)
     if drop_policy == DROP_POLICIES["probability"] and weights is None:
         raise ValueError(f"{op}: weights must be given with drop_policy 'probability', got None")
     if weights is not None:
@@ -191,16 +193,39 @@ def plan(op: str, experts: Any, num_experts: Any, capacity: Any, drop_policy: in
         same_device(op, "weights", weights, "experts", experts)
 
 
-def slots(op: str, experts: Any) -> None:
+def slots(op: str, name: str, count: int) -> None:
     """Slots are numbered in int32."""
-    if experts.numel() > MAX_SLOTS:
-        raise ValueError(f"{op}: experts must name fewer than 2**31 slots, got {experts.numel()}")
+    if count > MAX_INT32:
+        raise ValueError(f"{op}: {name} must name fewer than 2**31 slots, got {count}")
 
 
 def permute(x: Any, row_slot: Any, slot_row: Any) -> None:
-    tensor("permute", "x", x, "[tokens, hidden]", 2)
+    copied("permute", "x", x)
     _slot_maps("permute", "x", x, row_slot, slot_row)
     _one_row_per_token("permute", "x", x, slot_row)
+
+
+def copied(op: str, name: str, value: Any) -> None:
+    """Tokens that are only copied. Their gradient is a sum, which only floats have."""
+    tensor(op, name, value, "[tokens, hidden]", 2)
+    if value.dtype in FLOATS:
+        return
+    if value.dtype not in COPIED:
+        expected = "of a dtype that torch's stable ABI has (view others as uint8)"
+        raise TypeError(f"{op}: {name} must be {expected}, got {name_of(value.dtype)}")
+    if value.requires_grad and torch.is_grad_enabled():
+        floats(op, f"{name}, which requires a gradient,", value, "[tokens, hidden]", 2)
+
+
+def dispatch(x: Any, experts: Any, group: Any) -> None:
+    """What plan does not ask of dispatch's arguments."""
+    if experts.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"dispatch: experts must be of as many tokens as x has ({x.shape[0]}), got {list(experts.shape)}"
+        )
+    same_device("dispatch", "experts", experts, "x", x)
+    if group is not None:
+        raise ValueError(f"dispatch: group must be None (expert parallelism is not in this version), got {kind(group)}")
 
 
 def grouped_gemm(a: Any, weight: Any, offsets: Any, bias: Any, row_slot: Any, slot_row: Any) -> None:
@@ -217,6 +242,18 @@ def grouped_gemm(a: Any, weight: Any, offsets: Any, bias: Any, row_slot: Any, sl
     if row_slot is not None:
         _slot_maps(op, "a", a, row_slot, slot_row, "gather")
         _one_row_per_token(op, "a", a, slot_row, "gather")
+
+
+def main_grad(op: str, value: Any, weight: Tensor) -> None:
+    """The buffer that backward adds the gradient of a weight to."""
+    name, layout = "w.main_grad", "[experts, n, k]"
+    tensor(op, name, value, layout, 3)
+    if value.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} must be of dtype float32, got {name_of(value.dtype)}")
+    shape(op, name, value, layout, tuple(weight.shape))
+    same_device(op, name, value, "w", weight)
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(value.stride())}")
 
 
 def combine(rows: Any, weights: Any, row_slot: Any, slot_row: Any) -> None:
@@ -270,7 +307,19 @@ def mlp_experts(x: Tensor, weights: Tensor, w_in: Tensor, experts: Any, capacity
     if w_in.shape[0] < 1:
         raise ValueError(f"moe_mlp: w_in must hold at least 1 expert, got {list(w_in.shape)}")
     if capacity is not None:
-        integer("moe_mlp", "capacity", capacity, 0)
+        integer("moe_mlp", "capacity", capacity, 0, MAX_INT64)
+
+
+def mlp_choice(
+    x: Tensor, weights: Tensor, w_in: Tensor, experts: Any, capacity: Any, drop_policy: Any, plan: Any
+) -> None:
+    """The ids or the plan, where the reference takes the place of the operators."""
+    option("moe_mlp", "drop_policy", drop_policy, DROP_POLICIES)
+    if plan is None:
+        mlp_experts(x, weights, w_in, experts, capacity)
+    else:
+        is_plan("moe_mlp", "plan", plan)
+        mlp_plan(weights, w_in, plan.offsets, plan.row_slot, plan.slot_row)
 
 
 def mlp_plan(weights: Tensor, w_in: Tensor, offsets: Any, row_slot: Any, slot_row: Any) -> None:
@@ -282,7 +331,7 @@ def mlp_plan(weights: Tensor, w_in: Tensor, offsets: Any, row_slot: Any, slot_ro
 
 def _is_integer(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int, got {_kind(value)}")
+        raise TypeError(f"{op}: {name} must be an int, got {kind(value)}")
 
 
 def _per_expert(name: str, value: Any, logits: Tensor) -> None:
@@ -325,11 +374,17 @@ def _one_of(table: dict[Any, int]) -> str:
     return "one of " + ", ".join(repr(name) for name in table)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     if value is None:
         return "None"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__
 
 
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:9]}... ({len(text)} characters)"
+
+
+def name_of(value: Any) -> str:
+    """The name of a dtype or layout."""
+    return str(value).removeprefix("torch.")

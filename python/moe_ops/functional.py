@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, checks, ops
+from moe_ops import autocast, checks
+from moe_ops.autograd import call
 from moe_ops.types import Plan
 
 
@@ -15,21 +16,30 @@ def dispatch(
     capacity: int | None = None,
     drop_policy: str = "position",
     weights: Tensor | None = None,
+    group: None = None,
 ) -> tuple[Tensor, Plan]:
     """Plans, then permutes: the tokens' rows in expert order, and the plan that combine takes back.
 
     Args:
-        x: [T, H], any dtype.
+        x: [T, H], as permute takes it.
         experts, num_experts, capacity, drop_policy, weights: as plan takes them.
+        group: the process group to exchange rows with: None, as expert parallelism is not in this version.
 
     Returns:
         (rows [R, H], plan).
 
     Raises:
-        TypeError, ValueError: as plan and permute.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    plan = ops.plan(experts, num_experts, capacity=capacity, drop_policy=drop_policy, weights=weights)
-    return ops.permute(x, plan), plan
+    checks.no_tangents("dispatch", x)
+    checks.copied("dispatch", "x", x)
+    policy = checks.option("dispatch", "drop_policy", drop_policy, checks.DROP_POLICIES)
+    checks.plan("dispatch", experts, num_experts, capacity, policy, weights)
+    checks.dispatch(x, experts, group)
+    if not torch.compiler.is_compiling():
+        checks.slots("dispatch", "experts", experts.numel())
+    plan = Plan(*call(torch.ops.moe_ops.plan, experts, num_experts, capacity, policy, weights))
+    return call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row), plan
 
 
 def moe_mlp(
@@ -94,16 +104,18 @@ def moe_mlp(
     checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
     act = checks.option("moe_mlp", "activation", activation, checks.ACTIVATIONS)
     interleaved = bool(checks.option("moe_mlp", "layout", layout, checks.LAYOUTS))
-    alpha = checks.number("moe_mlp", "alpha", alpha)
-    bound = float("inf") if limit is None else checks.number("moe_mlp", "limit", limit, positive=True)
-    up_offset = checks.number("moe_mlp", "up_offset", up_offset)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    alpha = checks.number("moe_mlp", "alpha", alpha, dtype=compute)
+    bound = float("inf") if limit is None else checks.number("moe_mlp", "limit", limit, positive=True, dtype=compute)
+    up_offset = checks.number("moe_mlp", "up_offset", up_offset, dtype=compute)
     weight_on_input = bool(checks.option("moe_mlp", "weight_on", weight_on, checks.WEIGHT_ON))
     policy = checks.option("moe_mlp", "drop_policy", drop_policy, checks.DROP_POLICIES)
     if plan is None:
         checks.mlp_experts(x, weights, w_in, experts, capacity)
         if not torch.compiler.is_compiling():
-            checks.slots("moe_mlp", experts)
-        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, weights)
+            checks.slots("moe_mlp", "experts", weights.numel())
+        keys = weights if policy == checks.DROP_POLICIES["probability"] else None
+        offsets, row_slot, slot_row, _ = call(torch.ops.moe_ops.plan, experts, w_in.shape[0], capacity, policy, keys)
     else:
         checks.is_plan("moe_mlp", "plan", plan)
         if capacity is not None:
@@ -113,8 +125,8 @@ def moe_mlp(
     operands = (x, weights, w_in, w_out, b_in, b_out)
     keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     y: Tensor
-    y, _ = torch.ops.moe_ops.moe_mlp(
-        x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated, interleaved, alpha, bound,
-        up_offset, weight_on_input, keep_pre,
+    y, _ = call(
+        torch.ops.moe_ops.moe_mlp, x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated,
+        interleaved, alpha, bound, up_offset, weight_on_input, keep_pre,
     )  # fmt: skip
     return y

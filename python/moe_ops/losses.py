@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_ops import checks, module_checks
 from moe_ops.types import RouteResult
 
 
@@ -22,18 +23,13 @@ def load_balancing(route: RouteResult | tuple[Tensor, Tensor], *, alpha: float =
 
     Returns:
         A scalar in mean_prob's dtype, 0 without tokens. Gradients flow through mean_prob only: f is constant.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
     """
-    counts, mean_prob = (route.counts, route.mean_prob) if isinstance(route, RouteResult) else route
-    if counts.is_floating_point():
-        raise TypeError(
-            "load_balancing: route must be a RouteResult (call route with stats=True) or (counts, mean_prob) with "
-            f"integer counts, got counts of dtype {str(counts.dtype).removeprefix('torch.')}"
-        )
-    if counts.dim() != 2 or counts.shape != mean_prob.shape:
-        raise ValueError(
-            "load_balancing: counts and mean_prob must both be [segments, experts], "
-            f"got {list(counts.shape)} and {list(mean_prob.shape)}"
-        )
+    op = "load_balancing"
+    counts, mean_prob = module_checks.load(op, route)
+    alpha = checks.number(op, "alpha", alpha)
     slots = counts.sum(1, keepdim=True)  # [segments, 1]
     share = counts.to(mean_prob.dtype) / slots.clamp(min=1)
     used = (slots > 0).sum().clamp(min=1)
@@ -49,5 +45,10 @@ def z_loss(logsumexp: Tensor, *, weight: float = 1.0) -> Tensor:
 
     Returns:
         A scalar in logsumexp's dtype, 0 without tokens.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or value.
     """
+    checks.floats("z_loss", "logsumexp", logsumexp, "[tokens]", 1)
+    weight = checks.number("z_loss", "weight", weight)
     return weight * torch.square(logsumexp).sum() / max(logsumexp.numel(), 1)

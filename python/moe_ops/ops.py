@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, autograd, checks, fakes, library
+from moe_ops.autograd import call
 from moe_ops.types import Plan, RouteResult
 
 library.load()
@@ -98,7 +99,7 @@ def route(
         group_mask: the score of experts outside the kept runs: "-inf" or "zero".
         renormalize: False; True: w / (sum w + eps); "clamp": w / max(sum w, eps); "pnorm": w / (sum |w|^p)^(1/p).
         eps: of renormalize.
-        p: of renormalize "pnorm".
+        p: of renormalize "pnorm", greater than 0. This and every other number is finite.
         scale: factor of all weights, after renormalize.
         expert_scale: [E], any float dtype: factor of each expert's weight, after renormalize (Gemma 4).
         softcap: z = softcap * tanh(logit / softcap) takes the place of the logits.
@@ -122,18 +123,21 @@ def route(
     group_score_number = checks.option("route", "group_score", group_score, checks.GROUP_SCORES)
     group_mask_number = checks.option("route", "group_mask", group_mask, checks.GROUP_MASKS)
     renormalize_number = checks.option("route", "renormalize", renormalize, checks.RENORMALIZE)
-    eps = checks.number("route", "eps", eps)
+    compute = fakes.compute_dtype(logits.dtype)
+    eps = checks.number("route", "eps", eps, dtype=compute)
     p = checks.number("route", "p", p, positive=True)
-    scale = checks.number("route", "scale", scale)
-    cap = 0.0 if softcap is None else checks.number("route", "softcap", softcap, positive=True)
+    scale = checks.number("route", "scale", scale, dtype=compute)
+    cap = 0.0 if softcap is None else checks.number("route", "softcap", softcap, positive=True, dtype=compute)
     checks.flag("route", "stats", stats)
+    if not torch.compiler.is_compiling():  # a bound on a traced size would become a guard
+        checks.slots("route", "logits", logits.shape[0] * top_k)
     if selection_bias is not None:
         selection_bias = selection_bias.detach()
     if expert_scale is not None:
-        expert_scale = expert_scale.to(fakes.compute_dtype(logits.dtype))
-    weights, experts, counts, mean_prob, logsumexp = torch.ops.moe_ops.route(
-        logits, top_k, score_number, selection_bias, expert_scale, num_groups, top_groups, group_score_number,
-        group_mask_number, renormalize_number, eps, p, scale, cap, stats, segments, num_segments,
+        expert_scale = expert_scale.to(compute)
+    weights, experts, counts, mean_prob, logsumexp = call(
+        torch.ops.moe_ops.route, logits, top_k, score_number, selection_bias, expert_scale, num_groups, top_groups,
+        group_score_number, group_mask_number, renormalize_number, eps, p, scale, cap, stats, segments, num_segments,
     )  # fmt: skip
     return RouteResult(weights, experts, counts, mean_prob, logsumexp) if stats else (weights, experts)
 
@@ -169,8 +173,8 @@ def plan(
     policy = checks.option("plan", "drop_policy", drop_policy, checks.DROP_POLICIES)
     checks.plan("plan", experts, num_experts, capacity, policy, weights)
     if not torch.compiler.is_compiling():  # a bound on a traced size would become a guard
-        checks.slots("plan", experts)
-    return Plan(*torch.ops.moe_ops.plan(experts, num_experts, capacity, policy, weights))
+        checks.slots("plan", "experts", experts.numel())
+    return Plan(*call(torch.ops.moe_ops.plan, experts, num_experts, capacity, policy, weights))
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
@@ -179,7 +183,8 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     The gradient of x is combine without weights.
 
     Args:
-        x: [T, H], any dtype.
+        x: [T, H], any dtype of torch's stable ABI (not float8_e8m0fnu or float4); a float dtype where a gradient is
+            needed.
         plan: of the same T tokens.
 
     Returns:
@@ -191,7 +196,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     checks.no_tangents("permute", x)
     checks.is_plan("permute", "plan", plan)
     checks.permute(x, plan.row_slot, plan.slot_row)
-    rows: Tensor = torch.ops.moe_ops.permute(x, plan.row_slot, plan.slot_row)
+    rows: Tensor = call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row)
     return rows
 
 
@@ -203,9 +208,9 @@ def grouped_gemm(
     Sums in float32 (float64 for float64). Float32 weights under bfloat16 or float16 rows are rounded to the rows'
     dtype, and their gradient is float32. Under autocast a goes to the autocast dtype.
 
-    Where w has a float32 attribute `main_grad` of its shape (Megatron-LM's gradient buffer), backward adds the gradient
-    of w to it and leaves w.grad alone. A traced program (torch.compile, torch.export) does not see the attribute and
-    fills w.grad.
+    Where w has an attribute `main_grad` (Megatron-LM's gradient buffer: float32, contiguous, of w's shape and device),
+    backward adds the gradient of w to it and leaves w.grad alone. A traced program (torch.compile, torch.export) does
+    not see the attribute and fills w.grad.
 
     Args:
         a: [R, K], any float dtype; with gather the tokens, [T, K].
@@ -222,6 +227,7 @@ def grouped_gemm(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
     """
     checks.no_tangents("grouped_gemm", a, w, bias)
+    main_grad = None if torch.compiler.is_compiling() else getattr(w, "main_grad", None)
     a, w, bias = autocast.operands(a, w, bias)
     if gather is None:
         row_slot = slot_row = None
@@ -229,7 +235,10 @@ def grouped_gemm(
         checks.is_plan("grouped_gemm", "gather", gather)
         row_slot, slot_row = gather.row_slot, gather.slot_row
     checks.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
-    out: Tensor = torch.ops.moe_ops.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
+    if main_grad is not None:
+        checks.main_grad("grouped_gemm", main_grad, w)
+        w.main_grad = main_grad  # type: ignore[attr-defined]  # a copy in the autocast dtype has lost it
+    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, w, offsets, bias, row_slot, slot_row)
     return out
 
 
@@ -252,5 +261,5 @@ def combine(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     checks.no_tangents("combine", rows, weights)
     checks.is_plan("combine", "plan", plan)
     checks.combine(rows, weights, plan.row_slot, plan.slot_row)
-    y: Tensor = torch.ops.moe_ops.combine(rows, weights, plan.row_slot, plan.slot_row)
+    y: Tensor = call(torch.ops.moe_ops.combine, rows, weights, plan.row_slot, plan.slot_row)
     return y

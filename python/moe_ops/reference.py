@@ -213,6 +213,7 @@ def dispatch(
     capacity: int | None = None,
     drop_policy: str = "position",
     weights: Tensor | None = None,
+    group: None = None,
 ) -> tuple[Tensor, Plan]:
     """plan, then permute: the rows in expert order, and the plan that combine takes back."""
     to_experts = plan(experts, num_experts, capacity=capacity, drop_policy=drop_policy, weights=weights)

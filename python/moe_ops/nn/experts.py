@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, checks, functional, reference
+from moe_ops import autocast, checks, functional, module_checks, reference
 from moe_ops.types import Plan
+
+IMPLS = {"moe_ops": 0, "naive": 1}
 
 
 class Experts(torch.nn.Module):
@@ -44,14 +46,17 @@ class Experts(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("num_experts", num_experts), ("hidden", hidden), ("inner", inner)):
-            if size < 1:
-                raise ValueError(f"Experts: {name} must be at least 1, got {size}")
-        if impl not in ("moe_ops", "naive"):
-            raise ValueError(f"Experts: impl must be 'moe_ops' or 'naive', got {impl!r}")
+        module_checks.sizes("Experts", num_experts=num_experts, hidden=hidden, inner=inner)
         checks.option("Experts", "activation", activation, checks.ACTIVATIONS)
+        module_checks.flags("Experts", gated=gated, bias=bias)
         checks.option("Experts", "layout", layout, checks.LAYOUTS)
+        checks.number("Experts", "alpha", alpha)
+        if limit is not None:
+            checks.number("Experts", "limit", limit, positive=True)
+        checks.number("Experts", "up_offset", up_offset)
         checks.option("Experts", "weight_on", weight_on, checks.WEIGHT_ON)
+        checks.option("Experts", "impl", impl, IMPLS)
+        module_checks.parameters("Experts", dtype)
         self.num_experts, self.hidden, self.inner = num_experts, hidden, inner
         self.activation, self.gated, self.layout = activation, gated, layout
         self.alpha, self.limit, self.up_offset = alpha, limit, up_offset
@@ -102,6 +107,8 @@ class Experts(torch.nn.Module):
         else:
             moe_mlp = reference.moe_mlp
             (x,) = autocast.operands(x)
+            checks.moe_mlp(x, weights, self.w_in, self.w_out, self.gated, self.b_in, self.b_out)
+            checks.mlp_choice(x, weights, self.w_in, experts, capacity, drop_policy, plan)
         return moe_mlp(
             x,
             weights,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal, overload
@@ -10,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moe_ops import checks
+from moe_ops import checks, module_checks
 from moe_ops.nn.experts import Experts
 from moe_ops.nn.router import Router
 from moe_ops.types import RouteResult
@@ -52,11 +51,19 @@ class MoE(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
-            raise ValueError(f"MoE: capacity_factor must be positive and finite, got {capacity_factor}")
-        checks.option("MoE", "drop_policy", drop_policy, checks.DROP_POLICIES)
+        module_checks.sizes("MoE", hidden=hidden, inner=inner, num_experts=num_experts)
+        checks.integer("MoE", "shared_inner", shared_inner, 0, checks.MAX_INT32)
+        checks.flag("MoE", "shared_gate", shared_gate)
         if shared_gate and not shared_inner:
             raise ValueError("MoE: shared_gate needs a shared expert, got shared_inner=0")
+        if latent is not None:
+            module_checks.sizes("MoE", latent=latent)
+        if capacity_factor is not None:
+            checks.number("MoE", "capacity_factor", capacity_factor, positive=True)
+        checks.option("MoE", "drop_policy", drop_policy, checks.DROP_POLICIES)
+        module_checks.parameters("MoE", dtype)
+        expected = "a Router, a mapping of its options or None"
+        module_checks.instance("MoE", "router", router, (Router, Mapping, type(None)), expected)
         if not isinstance(router, Router):
             router = Router(hidden, num_experts, top_k, device=device, dtype=dtype, **(router or {}))
         sizes = (router.hidden, router.num_experts, router.top_k)
@@ -112,7 +119,8 @@ class MoE(torch.nn.Module):
         Returns:
             y, of x's shape and dtype, or (y, RouteResult).
         """
-        checks.last_dim("MoE", "x", x, self.hidden)
+        module_checks.tokens("MoE", x, self.hidden)
+        checks.flag("MoE", "return_route", return_route)
         tokens = x.reshape(-1, self.hidden)
         route = None
         if return_route:

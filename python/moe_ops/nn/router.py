@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from moe_ops import checks, ops
+from moe_ops import checks, module_checks, ops
 from moe_ops.types import RouteResult
 
 
@@ -59,8 +59,11 @@ class Router(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= jitter < 1:
+        module_checks.sizes("Router", hidden=hidden, num_experts=num_experts)
+        module_checks.flags("Router", bias=bias, expert_scale=expert_scale, correction_bias=correction_bias)
+        if not 0 <= checks.number("Router", "jitter", jitter) < 1:
             raise ValueError(f"Router: jitter must be in [0, 1), got {jitter}")
+        module_checks.parameters("Router", dtype)
         self.hidden, self.num_experts, self.top_k, self.jitter = hidden, num_experts, top_k, jitter
         self.options: dict[str, Any] = {
             "score": score,
@@ -99,7 +102,8 @@ class Router(torch.nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The scores before route: x [..., hidden] -> [tokens, num_experts], float32 or float64."""
-        checks.last_dim("Router", "x", x, self.hidden)
+        module_checks.tokens("Router", x, self.hidden)
+        checks.same_device("Router", "x", x, "weight", self.weight)
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         x = x.reshape(-1, self.hidden).to(dtype)
         if self.training and self.jitter > 0:
@@ -127,11 +131,9 @@ class Router(torch.nn.Module):
         Returns what `moe_ops.route` returns: (weights, experts), both [tokens, top_k], or with stats a RouteResult,
         whose counts, mean_prob and logsumexp are what the losses and `update_bias` need.
         """
-        logits = self.logits(x)
         options = {**self.options, "selection_bias": self.selection_bias, "expert_scale": self.expert_scale}
-        if stats:
-            options |= {"stats": True, "segments": segments, "num_segments": num_segments}
-        result: tuple[Tensor, Tensor] | RouteResult = ops.route(logits, self.top_k, **options)
+        options |= {"stats": stats, "segments": segments, "num_segments": num_segments}
+        result: tuple[Tensor, Tensor] | RouteResult = ops.route(self.logits(x), self.top_k, **options)
         return result
 
     @torch.no_grad()
@@ -143,8 +145,12 @@ class Router(torch.nn.Module):
                 data parallelism, sum them over the ranks first.
             rate: the step; the paper uses 0.001 with sigmoid scores.
         """
+        op = "Router.update_bias"
         if self.selection_bias is None:
-            raise ValueError("Router.update_bias: the router must be built with correction_bias=True")
+            raise ValueError(f"{op}: the router must be built with correction_bias=True")
+        module_checks.last_dim(op, "counts", counts, self.num_experts)
+        checks.same_device(op, "counts", counts, "selection_bias", self.selection_bias)
+        rate = checks.number(op, "rate", rate, dtype=torch.float32)
         load = counts.reshape(-1, self.num_experts).sum(0).to(self.selection_bias.dtype)
         self.selection_bias += rate * torch.sign(load.mean() - load)
 
