@@ -114,12 +114,12 @@ MOE_INLINE Vec<C> load(const S* from) {
   return to_compute<C, S>(v);
 }
 
-// The first n values; the other lanes are zero.
+// The first n values, none where n is negative; the other lanes are zero.
 template <class C, class S>
 MOE_INLINE Vec<C> load(const S* from, int64_t n) {
   if (n >= kLanes<C>) return load<C>(from);
   Packed<C, S> v{};
-  std::memcpy(&v, from, n * sizeof(S));
+  if (n > 0) std::memcpy(&v, from, n * sizeof(S));
   return to_compute<C, S>(v);
 }
 
