@@ -91,8 +91,8 @@ void grouped_gemm_weight_grad(const WeightGradParams& p, const Device&) {
   const Kernels& isa = kernels();
   const auto offsets = read_offsets(p.offsets, p.num_experts, p.num_rows);
   const int64_t n_tiles = ceil_div(p.n, kTileRows), k_tiles = ceil_div(p.k, kTileCols), tiles = n_tiles * k_tiles;
-  const double cost =
-      double(kTileRows) * kTileCols * (1 + double(offsets.back()) / std::max<int64_t>(p.num_experts, 1));
+  const double cost = double(std::min<int64_t>(p.n, kTileRows)) * std::min<int64_t>(p.k, kTileCols) *
+                      (1 + double(offsets.back()) / std::max<int64_t>(p.num_experts, 1));
   for_each_piece(p.num_experts * tiles, cost, [&](int64_t i) {
     const int64_t e = i / tiles, tile = i % tiles;
     isa.grouped_gemm_weight_grad(p, e, offsets[e], offsets[e + 1], tile / k_tiles * kTileRows,

@@ -33,8 +33,16 @@ MOE_INLINE Vec<double> each_lane(Vec<double> x, double (*f)(double)) {
   return x;
 }
 
-// 2^n for -126 <= n <= 127.
-MOE_INLINE Vec<float> power_of_two(Vec<int32_t> n) { return bit_cast<Vec<float>>((n + 127) << 23); }
+// x * 2^n for whole n, rounded once; -252 <= n <= 254.
+MOE_INLINE Vec<float> times_power_of_two(Vec<float> x, Vec<float> n) {
+#ifdef __AVX512F__
+  return bit_cast<Vec<float>>(_mm512_maskz_scalef_ps(-1, bit_cast<__m512>(x), bit_cast<__m512>(n)));
+#else
+  // In two steps, so that both factors and the first product are normal numbers.
+  const Vec<int32_t> exponent = __builtin_convertvector(n, Vec<int32_t>), half = exponent >> 1;
+  return x * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((exponent - half + 127) << 23);
+#endif
+}
 
 template <class C>
 MOE_INLINE Vec<C> square_root(Vec<C> x) {
@@ -47,10 +55,11 @@ MOE_INLINE Vec<C> exp(Vec<C> x) {
   if constexpr (std::is_same_v<C, double>) {
     return each_lane(x, [](double v) { return __builtin_exp(v); });
   } else {
-    constexpr float kToNearest = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+    constexpr float kToNearest = 0x1.8p23f;  // adding it rounds to an integer
     // Outside of these the result is 0 or inf; NaN passes through both.
-    x = x < -104.0f ? broadcast(-104.0f) : x;
-    x = x > 89.0f ? broadcast(89.0f) : x;
+    const Vec<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
+    x = lowest > x ? lowest : x;
+    x = highest < x ? highest : x;
     Vec<float> shifted = x * 0x1.715476p0f + kToNearest;
     Vec<float> n = shifted - kToNearest;
     Vec<float> r = x - n * 0x1.63p-1f;  // ln 2 in two pieces, the first short enough for an exact product
@@ -58,10 +67,7 @@ MOE_INLINE Vec<C> exp(Vec<C> x) {
     Vec<float> p =
         polynomial<float>(r, 4.999999404e-01f, 1.666651964e-01f, 4.166840762e-02f, 8.368921466e-03f, 1.381417038e-03f);
     p = p * (r * r) + r + 1.0f;
-    // In two steps, so that results below the smallest normal number are rounded once.
-    Vec<int32_t> exponent = bit_cast<Vec<int32_t>>(shifted) - 0x4b400000;  // the bits of kToNearest
-    Vec<int32_t> half = exponent >> 1;
-    return p * power_of_two(half) * power_of_two(exponent - half);
+    return times_power_of_two(p, n);
   }
 }
 

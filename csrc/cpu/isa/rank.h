@@ -11,18 +11,25 @@ namespace moe::MOE_ISA {
 template <class C>
 inline constexpr Bits<C> kTaken = std::numeric_limits<Bits<C>>::min();  // below the key of -inf
 
+inline constexpr int kRowKeys = 16;  // keys lie in rows of so many, whole vectors in every instruction set
+
 template <class C>
 MOE_INLINE Vec<Bits<C>> key_of(Vec<C> x) {
   constexpr Bits<C> kMax = std::numeric_limits<Bits<C>>::max();
   auto bits = bit_cast<Vec<Bits<C>>>(x + C(0));  // + 0 turns -0 into +0
-  auto key = bits ^ ((bits < 0) & kMax);
+  auto key = bits ^ (bits >> (8 * sizeof(C) - 1) & kMax);
   return x == x ? key : key * 0 + kMax;
 }
 
-// The value a key was made of; a NaN for a NaN.
+// The values keys were made of; NaN for NaN, +0 for -0.
+template <class C>
+MOE_INLINE Vec<C> values_of(Vec<Bits<C>> keys) {
+  return bit_cast<Vec<C>>(keys ^ (keys >> (8 * sizeof(C) - 1) & std::numeric_limits<Bits<C>>::max()));
+}
+
 template <class C>
 MOE_INLINE C value_of(Bits<C> key) {
-  return bit_cast<C>(key < 0 ? key ^ std::numeric_limits<Bits<C>>::max() : key);
+  return values_of<C>(broadcast(key))[0];
 }
 
 // Halves the vector to 16 bytes and then turns it around itself, so that no step but the last leaves the vector unit.
@@ -78,34 +85,36 @@ class Ranking {
   using Key = Bits<C>;
   static constexpr int64_t kWidth = kLanes<C>;
 
+  static int64_t padded(int64_t count) { return ceil_div(count, kRowKeys) * kRowKeys; }
+
   // Keys that the levels of `count` values take.
   static int64_t size(int64_t count) {
-    int64_t total = 0;
-    do {
-      count = ceil_div(count, kWidth);
-      total += count * kWidth;
-    } while (count > 1);
+    int64_t total = padded(count);
+    for (count = ceil_div(count, kWidth); count > 1; total += count * kWidth) count = ceil_div(count, kWidth);
     return total;
   }
 
   Ranking(Key* memory, int64_t count) : count_(count) {
     for (int64_t i = size(count) - 1; i >= 0; --i) memory[i] = kTaken<C>;
-    do {
-      level_[top_++] = memory;
+    level_[0] = memory;
+    memory += padded(count);
+    for (count = ceil_div(count, kWidth); count > 1; memory += count * kWidth) {
       count = ceil_div(count, kWidth);
-      memory += count * kWidth;
-    } while (count > 1);
-    --top_;
+      level_[++top_] = memory;
+    }
   }
 
-  // [count, rounded up to whole vectors], to be filled before build().
+  // [padded(count)]; to be filled and sealed before anything is chosen.
   Key* keys() { return level_[0]; }
 
+  // Makes the padding the smallest keys.
+  MOE_INLINE void seal() {
+    for (int64_t i = count_ / kWidth * kWidth; i < padded(count_); i += kWidth)
+      store<Key>(level_[0] + i,
+                 lane_numbers<Key>() < Key(count_ - i) ? load<Key>(level_[0] + i) : broadcast(kTaken<C>));
+  }
+
   void build() {
-    if (int64_t tail = count_ % kWidth) {
-      Key* last = level_[0] + count_ - tail;
-      store<Key>(last, lane_numbers<Key>() < Key(tail) ? load<Key>(last) : broadcast(kTaken<C>));
-    }
     int64_t vectors = ceil_div(count_, kWidth);
     for (int level = 0; level < top_; ++level, vectors = ceil_div(vectors, kWidth))
       for (int64_t i = 0; i < vectors; ++i) level_[level + 1][i] = max_of<Key>(load<Key>(level_[level] + i * kWidth));

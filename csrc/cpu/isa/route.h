@@ -1,61 +1,25 @@
 // Logits to weights and experts, one token after another: scores, choice, weights, statistics.
 #pragma once
 
-#include "cpu/isa/rank.h"
-#include "cpu/isa/scores.h"
+#include <optional>
+
+#include "cpu/isa/groups.h"
 
 namespace moe::MOE_ISA {
 
-// Limits the choice to the experts of the best groups.
+// Where no bias and no group made the choice, the largest of all experts are chosen, and a renormalised softmax needs
+// no other expert: what it is divided by cancels. eps is compared with a sum of at least 1 / E.
 template <class C>
-class Groups {
- public:
-  Groups(const RouteParams& p)
-      : p_(p),
-        size_(p.experts / p.num_groups),
-        memory_(Ranking<C>::size(p.num_groups)),
-        kept_(p.num_groups),
-        best_(memory_, p.num_groups) {}
+RouteOptions without_others(RouteOptions options, int64_t experts) {
+  constexpr double kNothing = sizeof(C) == 4 ? 0x1p-40 : 0x1p-60;
+  if (options.score != Score::softmax || options.renormalize == Renormalize::none) return options;
+  if (__builtin_fabs(options.eps) * double(experts) > kNothing) return options;
+  options.score = Score::softmax_selected;
+  if (options.renormalize != Renormalize::pnorm) options.renormalize = Renormalize::none;  // the sum is 1
+  return options;
+}
 
-  // keys [E]: those of the groups not kept become the key of -inf or of 0.
-  void mask(Bits<C>* keys) {
-    for (int64_t g = 0; g < p_.num_groups; ++g) {
-      best_.keys()[g] = group_key(keys + g * size_);
-      kept_[g] = false;
-    }
-    best_.build();
-    for (int64_t i = 0; i < p_.top_groups; ++i) kept_[best_.take()] = true;
-    const Bits<C> masked = key_of<C>(broadcast(p_.group_mask == GroupMask::zero ? C(0) : kMinusInf<C>))[0];
-    for (int64_t g = 0; g < p_.num_groups; ++g)
-      for (int64_t i = 0; !kept_[g] && i < size_; ++i) keys[g * size_ + i] = masked;
-  }
-
- private:
-  // The key of the largest choice of a group, or of the sum of the two largest.
-  Bits<C> group_key(const Bits<C>* keys) const {
-    Vec<Bits<C>> first = broadcast(kTaken<C>), second = first;
-    for (int64_t i = 0; i < size_; i += kLanes<C>) {
-      Vec<Bits<C>> v = load<Bits<C>>(keys + i, size_ - i);
-      if (size_ - i < kLanes<C>) v = lane_numbers<Bits<C>>() < Bits<C>(size_ - i) ? v : broadcast(kTaken<C>);
-      Vec<Bits<C>> smaller = first > v ? v : first;
-      first = first > v ? first : v;
-      second = second > smaller ? second : smaller;
-    }
-    Bits<C> largest = max_of<Bits<C>>(first);
-    if (p_.group_score == GroupScore::max || size_ == 1) return largest;
-    int lane = first_equal<Bits<C>>(first, largest);
-    Vec<Bits<C>> others = lane_numbers<Bits<C>>() == Bits<C>(lane) ? second : first;
-    C sum = value_of<C>(largest) + value_of<C>(max_of<Bits<C>>(others));
-    return key_of<C>(broadcast(sum))[0];
-  }
-
-  const RouteParams& p_;
-  int64_t size_;
-  Buffer<Bits<C>> memory_;
-  Buffer<bool> kept_;
-  Ranking<C> best_;
-};
-
+// One token at a time, in steps: a caller takes each step for a few tokens, so that none waits for another's latency.
 template <class C>
 class Router {
  public:
@@ -63,82 +27,125 @@ class Router {
       : p_(p),
         bias_(static_cast<const C*>(p.selection_bias)),
         expert_scale_(static_cast<const C*>(p.expert_scale)),
+        choice_is_on_scores_(bias_ || p.num_groups > 1),
+        options_(choice_is_on_scores_ ? p.options : without_others<C>(p.options, p.experts)),
         counts_(counts),
         prob_(prob),
-        padded_(round_to_lanes<C>(p.experts)),
+        padded_(Ranking<C>::padded(p.experts)),
         z_(padded_),
         e_(padded_),
         s_(padded_),
-        z_k_(round_to_lanes<C>(p.top_k)),
-        s_k_(p.top_k),
+        padded_k_(round_to_lanes<C>(p.top_k)),
+        z_k_(padded_k_),
+        work_k_(padded_k_),
+        s_k_(padded_k_),
         memory_(Ranking<C>::size(p.experts)),
         ranking_(memory_, p.experts),
-        groups_(p) {}
+        groups_(p) {
+    for (int64_t k = 0; k < padded_k_; ++k) z_k_[k] = kMinusInf<C>;
+  }
 
-  // Begins a token: its scores and the ranking of its choices.
-  void rank(int64_t t) {
+  void score(int64_t t) {
+    token_ = t;
+    chosen_ = p_.chosen + t * p_.top_k;
     load_row<C>(p_.logits, t, p_.experts, z_);
-    if (!choice_is_on_scores()) set_keys([&](int64_t i) { return load<C>(z_ + i); });
-    if (p_.options.softcap != 0) apply_softcap<C>(z_, p_.experts, C(p_.options.softcap));
+    if (!choice_is_on_scores_) set_keys([z = &z_[0]](int64_t i) { return load<C>(z + i); });
+    if (options_.softcap != 0) apply_softcap<C>(z_, p_.experts, C(options_.softcap));
 
-    const Score score = p_.options.score;
-    if (score == Score::softmax || counts_) softmax_ = exponentials<C>(z_, padded_, e_);
-    if (is_elementwise(score) && (choice_is_on_scores() || counts_)) sum_ = scores<C>(score, z_, padded_, s_);
-    if (choice_is_on_scores()) set_choice_keys();
-
-    ranking_.build();
+    if (options_.score == Score::softmax || counts_) softmax_ = exponentials<C>(z_, padded_, e_);
+    if (scores_are_known()) sum_ = scores<C>(options_.score, z_, padded_, s_);
+    if (choice_is_on_scores_) set_choice_keys();
   }
 
-  MOE_INLINE void choose(int64_t t, int64_t k) { p_.chosen[t * p_.top_k + k] = int32_t(ranking_.take()); }
-
-  void finish(int64_t t) {
-    const int32_t* chosen = p_.chosen + t * p_.top_k;
-    write_weights(chosen, static_cast<C*>(p_.weights) + t * p_.top_k);
-    if (counts_) add_statistics(t, chosen);
-  }
-
- private:
-  // Otherwise the logits themselves are compared: no rounding of a score makes a tie of them.
-  bool choice_is_on_scores() const { return bias_ || p_.num_groups > 1; }
-
-  template <class F>
-  MOE_INLINE void set_keys(F choice) {
-    for (int64_t i = 0; i < p_.experts; i += kLanes<C>) store<Bits<C>>(ranking_.keys() + i, key_of<C>(choice(i)));
-  }
-
-  void set_choice_keys() {
-    const Score score = p_.options.score;
-    set_keys([&](int64_t i) {
-      Vec<C> c = is_elementwise(score)     ? load<C>(s_ + i)
-                 : score == Score::softmax ? load<C>(e_ + i) / C(softmax_.sum)
-                                           : load<C>(z_ + i);
-      return bias_ ? c + load<C>(bias_ + i, p_.experts - i) : c;
-    });
-    if (p_.num_groups > 1) groups_.mask(ranking_.keys());
-  }
-
-  // weights = scores of the chosen / denominator * scale * expert_scale
-  void write_weights(const int32_t* chosen, C* weights) {
-    const Score score = p_.options.score;
-    const C* from = score == Score::softmax ? e_ : z_;
-    for (int64_t k = 0; k < p_.top_k; ++k) z_k_[k] = from[chosen[k]];
-    chosen_scores<C>(score, z_k_, p_.top_k, softmax_.sum, s_k_);
-    const double by = denominator(p_.options, s_k_, p_.top_k);
-    for (int64_t k = 0; k < p_.top_k; ++k) {
-      double scale = expert_scale_ ? p_.options.scale * double(expert_scale_[chosen[k]]) : p_.options.scale;
-      weights[k] = C(s_k_[k] / by * scale);
+  // The choice by shortlist ...
+  void bound() { shortlist_.bound(p_.top_k); }
+  void list() { shortlist_.list(ranking_.keys(), padded_); }
+  bool place() { return shortlist_.place(); }
+  void sort() {
+    shortlist_.sort();
+    for (int64_t k = 0; k < p_.top_k; ++k) chosen_[k] = int32_t(shortlist_.ids()[k]);
+    if (keys_are_of_z()) {
+      for (int64_t k = 0; k < padded_k_; k += kLanes<C>) {
+        const Vec<C> z = values_of<C>(load<Bits<C>>(shortlist_.keys() + k));
+        store<C>(z_k_ + k, lane_numbers<Bits<C>>() < Bits<C>(p_.top_k - k) ? z : broadcast(kMinusInf<C>));
+      }
+    } else {
+      gather();
     }
   }
 
-  void add_statistics(int64_t t, const int32_t* chosen) {
-    static_cast<C*>(p_.logsumexp)[t] = log_sum_exp<C>(softmax_, z_, p_.experts);
-    const int64_t segment = p_.segments ? p_.segments[t] : 0;
+  // ... or by tournament.
+  void begin_tournament() { ranking_.build(); }
+  MOE_INLINE void choose(int64_t k) { chosen_[k] = int32_t(ranking_.take()); }
+
+  void gather() {
+    const C* from = scores_are_known() ? s_ : z_;
+    C* z_k = z_k_;
+    for (int64_t k = 0; k < p_.top_k; ++k) z_k[k] = from[chosen_[k]];
+  }
+
+  MOE_INLINE void score_chosen() {
+    const Score score = scores_are_known() ? Score::identity : options_.score;
+    chosen_scores<C>(score, z_k_, p_.top_k, softmax_, work_k_, s_k_);
+  }
+
+  // weights = scores of the chosen / denominator * scale * expert_scale
+  void weigh() {
+    const double by = denominator(options_, s_k_, p_.top_k), scale = options_.scale;
+    C* weights = static_cast<C*>(p_.weights) + token_ * p_.top_k;
+    for (int64_t k = 0; !expert_scale_ && k < p_.top_k; k += kLanes<double>) {
+      const Vec<double> s = load<double>(s_k_ + k);
+      store<double>(weights + k, (by == 1 ? s : s / by) * scale, p_.top_k - k);
+    }
+    for (int64_t k = 0; expert_scale_ && k < p_.top_k; ++k)
+      weights[k] = C(s_k_[k] / by * (scale * double(expert_scale_[chosen_[k]])));
+    if (counts_) add_statistics();
+  }
+
+ private:
+  bool scores_are_known() const { return is_elementwise(options_.score) && (choice_is_on_scores_ || counts_); }
+
+  bool keys_are_of_z() const {
+    return !choice_is_on_scores_ && !counts_ && options_.softcap == 0 && options_.score != Score::identity;
+  }
+
+  template <class F>
+  MOE_INLINE void set_keys(const F& choice) {
+    Bits<C>* keys = ranking_.keys();
+    shortlist_.fold(padded_, [=](int64_t i) {
+      const Vec<Bits<C>> key = key_of<C>(choice(i));
+      store<Bits<C>>(keys + i, key);
+      return key;
+    });
+    ranking_.seal();
+  }
+
+  void set_choice_keys() {
+    const Score score = options_.score;
+    const C *from = is_elementwise(score) ? s_ : score == Score::softmax ? e_ : z_, *bias = bias_;
+    const C sum = score == Score::softmax ? C(softmax_.sum) : C(1);
+    const int64_t experts = p_.experts;
+    set_keys([=](int64_t i) {
+      Vec<C> c = load<C>(from + i);
+      if (sum != 1) c = c / sum;
+      return bias ? c + load<C>(bias + i, experts - i) : c;
+    });
+    if (p_.num_groups > 1) {
+      Bits<C>* keys = ranking_.keys();
+      groups_.mask(keys);
+      shortlist_.fold(padded_, [=](int64_t i) { return load<Bits<C>>(keys + i); });
+    }
+  }
+
+  void add_statistics() {
+    static_cast<C*>(p_.logsumexp)[token_] = log_sum_exp<C>(softmax_, z_, p_.experts);
+    const int64_t segment = p_.segments ? p_.segments[token_] : 0;
     if (segment < 0 || segment >= p_.num_segments) return;
 
     int32_t* counts = counts_ + segment * p_.experts;
-    for (int64_t k = 0; k < p_.top_k; ++k) ++counts[chosen[k]];
+    for (int64_t k = 0; k < p_.top_k; ++k) ++counts[chosen_[k]];
 
-    const bool elementwise = is_elementwise(p_.options.score);
+    const bool elementwise = is_elementwise(options_.score);
     const C* of = elementwise ? s_ : e_;
     const double share = 1 / (elementwise ? sum_ : softmax_.sum);
     double* prob = prob_ + segment * p_.experts;
@@ -148,33 +155,55 @@ class Router {
   const RouteParams& p_;
   const C* bias_;
   const C* expert_scale_;
+  bool choice_is_on_scores_;  // otherwise the logits are compared: no rounding of a score makes a tie of them
+  RouteOptions options_;
   int32_t* counts_;
   double* prob_;
   int64_t padded_;
   Buffer<C> z_, e_, s_;  // [E] logits, their exponentials, elementwise scores
-  Buffer<C> z_k_;        // [K] logits (or exponentials) of the chosen
-  Buffer<double> s_k_;   // [K] their scores
+  int64_t padded_k_;
+  Buffer<C> z_k_, work_k_;  // [K] logits, exponentials or scores of the chosen
+  Buffer<double> s_k_;      // [K] their scores
   Buffer<Bits<C>> memory_;
   Ranking<C> ranking_;
+  Shortlist<C> shortlist_;
   Groups<C> groups_;
+
+  // Of the token in work.
+  int64_t token_ = 0;
+  int32_t* chosen_ = nullptr;  // [K]
   Exponentials<C> softmax_{};
   double sum_ = 0;  // of the elementwise scores
 };
 
-// Each choice of a token waits for the one before it, so a few tokens choose in turns.
 template <class C>
 void route_tokens(const RouteParams& p, int64_t begin, int64_t end, int32_t* partial_counts, double* partial_prob) {
-  Router<C> routers[]{{p, partial_counts, partial_prob},
-                      {p, partial_counts, partial_prob},
-                      {p, partial_counts, partial_prob},
-                      {p, partial_counts, partial_prob}};
-  const int64_t together = p.experts <= 2048 ? 4 : 1;  // beyond it their working memory leaves the cache
+  constexpr int64_t kTogether = 4;
+  std::optional<Router<C>> routers[kTogether];
+  // Beyond 2048 experts their working memory leaves the cache.
+  const int64_t together = p.experts > 2048 ? 1 : end - begin < kTogether ? end - begin : kTogether;
+  for (int64_t i = 0; i < together; ++i) routers[i].emplace(p, partial_counts, partial_prob);
+
   for (; begin < end; begin += together) {
     const int64_t count = end - begin < together ? end - begin : together;
-    for (int64_t i = 0; i < count; ++i) routers[i].rank(begin + i);
-    for (int64_t k = 0; k < p.top_k; ++k)
-      for (int64_t i = 0; i < count; ++i) routers[i].choose(begin + i, k);
-    for (int64_t i = 0; i < count; ++i) routers[i].finish(begin + i);
+    auto each = [&](auto step) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) step(*routers[i], i);
+    };
+    bool listed = p.top_k <= kMostOfShortlist;
+    each([&](Router<C>& router, int64_t i) { router.score(begin + i); });
+    if (listed && p.top_k > 0) {
+      each([](Router<C>& router, int64_t) { router.bound(); });
+      each([](Router<C>& router, int64_t) { router.list(); });
+      each([&](Router<C>& router, int64_t) { listed = router.place() && listed; });
+      if (listed) each([](Router<C>& router, int64_t) { router.sort(); });
+    }
+    if (!listed) {
+      each([](Router<C>& router, int64_t) { router.begin_tournament(); });
+      for (int64_t k = 0; k < p.top_k; ++k) each([k](Router<C>& router, int64_t) { router.choose(k); });
+      each([](Router<C>& router, int64_t) { router.gather(); });
+    }
+    each([](Router<C>& router, int64_t) { router.score_chosen(); });
+    each([](Router<C>& router, int64_t) { router.weigh(); });
   }
 }
 

@@ -19,7 +19,7 @@ class RouterBackward {
         expert_scale_(static_cast<const C*>(p.expert_scale)),
         tokens_of_segment_(tokens_of_segment),
         grad_expert_scale_(grad_expert_scale),
-        padded_(round_to_lanes<C>(p.experts)),
+        padded_(Ranking<C>::padded(p.experts)),
         padded_k_(round_to_lanes<C>(p.top_k)),
         z_(padded_),
         slope_(padded_),
@@ -43,7 +43,7 @@ class RouterBackward {
     const C grad_logsumexp = p_.grad_logsumexp ? static_cast<const C*>(p_.grad_logsumexp)[t] : C(0);
     const bool through_softmax = score == Score::softmax || p_.grad_logsumexp || (grad_prob && !is_elementwise(score));
     if (through_softmax) {
-      softmax_sum_ = exponentials<C>(z_, padded_, e_).sum;
+      softmax_ = exponentials<C>(z_, padded_, e_);
       if (grad_prob && !is_elementwise(score)) load_grad_prob(grad_prob);
       else fill(g_, C(0));
     }
@@ -83,14 +83,14 @@ class RouterBackward {
       slots_[count] = t * p_.top_k + k;
       z_k_[count++] = z_[id];
     }
+    for (int64_t k = count; k < padded_k_; ++k) z_k_[k] = kMinusInf<C>;
     return count;
   }
 
   void add_weights(int64_t t) {
     const Score score = p_.options.score;
     const int64_t count = gather_chosen(t);
-    for (int64_t k = 0; k < count; ++k) work_k_[k] = score == Score::softmax ? e_[ids_[k]] : z_k_[k];
-    chosen_scores<C>(score, work_k_, count, softmax_sum_, s_k_);
+    chosen_scores<C>(score, z_k_, count, softmax_, work_k_, s_k_);
     through_renormalisation(count);
 
     if (score == Score::softmax) {
@@ -100,7 +100,6 @@ class RouterBackward {
       for (int64_t k = 0; k < count; ++k) dot += grad_k_[k] * s_k_[k];
       for (int64_t k = 0; k < count; ++k) grad_z_[ids_[k]] += C(s_k_[k] * (grad_k_[k] - dot));
     } else {
-      pad<C>(z_k_, count, kMinusInf<C>);
       for (int64_t i = 0; i < count; i += kLanes<C>) store<C>(work_k_ + i, score_slope<C>(score, load<C>(z_k_ + i)));
       for (int64_t k = 0; k < count; ++k) grad_z_[ids_[k]] += C(grad_k_[k] * double(work_k_[k]));
     }
@@ -136,13 +135,11 @@ class RouterBackward {
 
   // grad_z += p * (g - <g, p> + grad_logsumexp)
   void add_softmax(C grad_logsumexp) {
-    Sum<C> sum;
-    for (int64_t i = 0; i < padded_; i += kLanes<C>) {
-      Vec<C> p = load<C>(e_ + i) / C(softmax_sum_);
+    const C dot = C(sum_over<C>(padded_, [this, sum = C(softmax_.sum)](int64_t i) {
+      const Vec<C> p = load<C>(e_ + i) / sum;
       store<C>(e_ + i, p);
-      sum.add(load<C>(g_ + i) * p);
-    }
-    const C dot = C(sum.total());
+      return load<C>(g_ + i) * p;
+    }));
     for (int64_t i = 0; i < padded_; i += kLanes<C>)
       store<C>(grad_z_ + i, load<C>(grad_z_ + i) + load<C>(e_ + i) * (load<C>(g_ + i) - dot + grad_logsumexp));
   }
@@ -151,9 +148,7 @@ class RouterBackward {
   void add_normalised_scores() {
     const Score score = p_.options.score;
     const C sum = C(scores<C>(score, z_, padded_, e_));
-    Sum<C> products;
-    for (int64_t i = 0; i < padded_; i += kLanes<C>) products.add(load<C>(g_ + i) * (load<C>(e_ + i) / sum));
-    const C dot = C(products.total());
+    const C dot = C(sum_over<C>(padded_, [=, this](int64_t i) { return load<C>(g_ + i) * (load<C>(e_ + i) / sum); }));
     for (int64_t i = 0; i < padded_; i += kLanes<C>)
       store<C>(grad_z_ + i,
                load<C>(grad_z_ + i) + score_slope<C>(score, load<C>(z_ + i)) * ((load<C>(g_ + i) - dot) / sum));
@@ -178,7 +173,7 @@ class RouterBackward {
   Buffer<C> z_k_, work_k_;   // [K] their logits
   Buffer<double> s_k_;       // [K] their scores
   Buffer<double> grad_k_;    // [K] the gradients of their scores
-  double softmax_sum_ = 0;
+  Exponentials<C> softmax_{};
   C share_ = 0;
 };
 

@@ -13,9 +13,10 @@ namespace moe::MOE_ISA {
 template <class C>
 inline constexpr C kMinusInf = -std::numeric_limits<C>::infinity();
 
+// Rows are padded to whole rows of kRowKeys.
 template <class C>
 MOE_INLINE void pad(C* row, int64_t count, C value) {
-  for (int64_t i = count; i % kLanes<C> != 0; ++i) row[i] = value;
+  for (int64_t i = count; i % kRowKeys != 0; ++i) row[i] = value;
 }
 
 template <class C, class S>
@@ -63,7 +64,7 @@ MOE_INLINE void apply_softcap(C* z, int64_t count, C cap, C* slope = nullptr) {
   pad(z, count, kMinusInf<C>);
 }
 
-// A sum in float64 of whatever is added, so that its error does not grow with the number of experts.
+// A sum in float64 of whatever is added.
 template <class C>
 class Sum {
  public:
@@ -83,6 +84,19 @@ class Sum {
   Vec<double> parts_[2]{};
 };
 
+// The sum of value(i), a vector of a row, for i in 0, kLanes, .. padded - 1. Of a few vectors in C, of those in
+// float64, so that its error does not grow with the number of experts.
+template <class C, class F>
+MOE_INLINE double sum_over(int64_t padded, const F& value) {
+  Sum<C> sum;
+  for (int64_t i = 0; i < padded;) {
+    Vec<C> part{};
+    for (const int64_t end = i + 8 * kLanes<C>; i < padded && i < end; i += kLanes<C>) part += value(i);
+    sum.add(part);
+  }
+  return sum.total();
+}
+
 // out = e^(z - max z), returned with their sum.
 template <class C>
 struct Exponentials {
@@ -97,14 +111,13 @@ MOE_INLINE Exponentials<C> exponentials(const C* z, int64_t count, C* out) {
     Vec<C> v = load<C>(z + i);
     max = v > max ? v : max;
   }
-  C m = value_of<C>(max_of<Bits<C>>(key_of<C>(max)));
-  Sum<C> sum;
-  for (int64_t i = 0; i < count; i += kLanes<C>) {
-    Vec<C> e = exp<C>(load<C>(z + i) - m);
+  const C m = max_of<C>(max);
+  const double sum = sum_over<C>(count, [=](int64_t i) __attribute__((always_inline)) {
+    const Vec<C> e = exp<C>(load<C>(z + i) - m);
     store<C>(out + i, e);
-    sum.add(e);
-  }
-  return {m, sum.total()};
+    return e;
+  });
+  return {m, sum};
 }
 
 // log(sum of e^z), as torch.logsumexp where all z are -inf or one is inf.
@@ -143,13 +156,11 @@ MOE_INLINE Vec<C> score_slope(Score score, Vec<C> z) {
 // out = the scores of z, returned with their sum.
 template <class C>
 MOE_INLINE double scores(Score score, const C* z, int64_t count, C* out) {
-  Sum<C> sum;
-  for (int64_t i = 0; i < count; i += kLanes<C>) {
-    Vec<C> s = score_of<C>(score, load<C>(z + i));
+  return sum_over<C>(count, [=](int64_t i) __attribute__((always_inline)) {
+    const Vec<C> s = score_of<C>(score, load<C>(z + i));
     store<C>(out + i, s);
-    sum.add(s);
-  }
-  return sum.total();
+    return s;
+  });
 }
 
 // Whether a score is a function of its own logit that mean_prob divides by the sum over the experts.
@@ -173,17 +184,20 @@ MOE_INLINE double denominator(const RouteOptions& options, const double* scores,
   }
 }
 
-// From here on a token's few chosen scores are float64, so that a weight is rounded once. z [count, in whole vectors]
-// may be overwritten; softmax_sum is that of all experts, z then their exponentials.
+// From here on a token's few chosen scores are float64, so that a weight is rounded once. z, work, out [count, in whole
+// vectors of C], z padded with -inf; softmax is that of all experts.
 template <class C>
-MOE_INLINE void chosen_scores(Score score, C* z, int64_t count, double softmax_sum, double* out) {
+MOE_INLINE void chosen_scores(Score score, const C* z, int64_t count, Exponentials<C> softmax, C* work, double* out) {
   const int64_t padded = round_to_lanes<C>(count);
-  pad(z, count, kMinusInf<C>);
-  double sum = 1;
-  if (score == Score::softmax) sum = softmax_sum;
-  else if (score == Score::softmax_selected) sum = exponentials<C>(z, padded, z).sum;
-  else scores<C>(score, z, padded, z);
-  for (int64_t k = 0; k < count; ++k) out[k] = double(z[k]) / sum;
+  if (score == Score::softmax) {
+    for (int64_t k = 0; k < padded; k += kLanes<C>) store<C>(work + k, exp<C>(load<C>(z + k) - softmax.max));
+  } else if (score == Score::softmax_selected) {
+    softmax = exponentials<C>(z, padded, work);
+  } else {
+    scores<C>(score, z, padded, work);
+  }
+  const double share = score == Score::softmax || score == Score::softmax_selected ? 1 / softmax.sum : 1;
+  for (int64_t k = 0; k < count; k += kLanes<double>) store<double>(out + k, load<double>(work + k) * share);
 }
 
 }  // namespace moe::MOE_ISA

@@ -107,12 +107,12 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   }
 }
 
-// The first n values; the other lanes are zero.
+// The first n values, none where n is negative; the other lanes are zero.
 template <class C, class S>
 MOE_INLINE Packed<C, S> load_packed(const S* from, int64_t n = kLanes<C>) {
   Packed<C, S> v{};
   if (n >= kLanes<C>) std::memcpy(&v, from, sizeof(v));
-  else std::memcpy(&v, from, n * sizeof(S));
+  else if (n > 0) std::memcpy(&v, from, n * sizeof(S));
   return v;
 }
 
