@@ -101,14 +101,13 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
 // Few rows, weights with unit stride along K: as much of the rows as fits is packed, then the weights stream by.
 template <class Ar, class X, class W>
 void multiply_streamed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  constexpr int64_t kStride = sizeof(blocks.a) / sizeof(blocks.a[0]) / kStreamRows / kBlockSteps * kBlockSteps;
-  constexpr int64_t kDepth = kStride * Ar::kDepth;
+  constexpr int64_t kStride = kStreamStride<Ar>, kDepth = kStride * Ar::kDepth;
   std::memset(blocks.a + a.count * kStride, 0, (kStreamRows - a.count) * kStride * sizeof(blocks.a[0]));
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a, kStride);
     for (int64_t half = 0; half <= w.gated; ++half)
-      stream<Ar, X>(a.count, blocks.a, kStride, w.run(half) + k, w.col_stride(), w.cols, depth,
+      stream<Ar, X>(a.count, blocks.a, w.run(half) + k, w.col_stride(), w.cols, depth,
                     blocks.tile + half * kTileCols / 2, k == 0);
   }
 }

@@ -115,20 +115,17 @@ void pack_columns(const S* const* from, const typename Ar::C* scale, bool scaled
   }
 }
 
-// A square block of weights, kLanes columns by kLanes Elements along K, with each Element's columns side by side:
-// `width` columns and `depth` values are there, the others are zeros.
-template <class Ar, class X, class S>
+// A square block of weights, kLanes columns by kLanes Elements along K, with each Element's columns side by side. Where
+// it is not whole, `width` columns and `depth` values are there and the others are zeros.
+template <class Ar, class X, bool whole, class S>
 MOE_INLINE void load_transposed(const S* corner, int64_t n_stride, int64_t width, int64_t depth,
                                 Vec<typename Ar::Element>* block) {
   using Read = Reader<Ar, X, S>;
-  constexpr int lanes = kLanes<typename Ar::C>, whole = lanes * Ar::kDepth;
-  if (width >= lanes && depth >= whole) {
+  constexpr int lanes = kLanes<typename Ar::C>;
 #pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) block[j] = Read::along_k(corner + j * n_stride, whole, 1, false);
-  } else {
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j)
-      block[j] = j < width ? Read::along_k(corner + j * n_stride, depth, 1, false) : Vec<typename Ar::Element>{};
+  for (int j = 0; j < lanes; ++j) {
+    if constexpr (whole) block[j] = Read::along_k(corner + j * n_stride, lanes * Ar::kDepth, 1, false);
+    else block[j] = j < width ? Read::along_k(corner + j * n_stride, depth, 1, false) : Vec<typename Ar::Element>{};
   }
   transpose<typename Ar::Element>(block);
 }
@@ -144,16 +141,17 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
   if (k_stride == 1) {
     for (int64_t col = 0; col < ceil_div(cols, panel) * panel; col += lanes) {
       Element* panel_to = to + col / panel * panel * steps + col % panel;
-      for (int64_t step = 0; step < steps; step += lanes) {
-        Vec<Element> block[lanes];
-        load_transposed<Ar, X>(weight + col * n_stride + step * Ar::kDepth, n_stride, cols - col,
-                               depth - step * Ar::kDepth, block);
-        if (steps - step >= lanes) {
+      const S* from = weight + col * n_stride;
+      int64_t step = 0;
+      Vec<Element> block[lanes];
+      for (; col + lanes <= cols && (step + lanes) * Ar::kDepth <= depth; step += lanes) {
+        load_transposed<Ar, X, true>(from + step * Ar::kDepth, n_stride, lanes, depth, block);
 #pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) store_vector(panel_to + (step + i) * panel, block[i]);
-        } else {
-          for (int64_t i = 0; i < steps - step; ++i) store_vector(panel_to + (step + i) * panel, block[i]);
-        }
+        for (int i = 0; i < lanes; ++i) store_vector(panel_to + (step + i) * panel, block[i]);
+      }
+      for (; step < steps; step += lanes) {
+        load_transposed<Ar, X, false>(from + step * Ar::kDepth, n_stride, cols - col, depth - step * Ar::kDepth, block);
+        for (int64_t i = 0; i < min(steps - step, lanes); ++i) store_vector(panel_to + (step + i) * panel, block[i]);
       }
     }
   } else {
