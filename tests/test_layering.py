@@ -43,7 +43,7 @@ IMPORTS = {
     "fakes": ["checks"],
     "autograd": ["library"],
     "ops": ["autocast", "autograd", "checks", "fakes", "library", "types"],
-    "functional": ["autocast", "checks", "ops", "types"],
+    "functional": ["autocast", "autograd", "checks", "ops", "types"],
     "losses": ["types"],
     "nn": ["autocast", "checks", "functional", "nn", "ops", "reference", "types"],
 }

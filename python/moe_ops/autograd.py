@@ -5,6 +5,9 @@ grouped_gemm's rows is grouped_gemm with transposed weights. The operators that 
 gradient of their own, and say so when one is asked for. torch.vmap over any operator is refused.
 
 Integer outputs carry no gradient. Only gradients that are needed are computed.
+
+To record a formula registered in Python takes torch longer than a small layer takes to compute. So `call` records the
+same formula as a torch.autograd.Function wherever nobody looks for the operator itself.
 """
 
 from collections.abc import Callable
@@ -12,8 +15,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from moe_ops.library import OPERATORS
+
+ops = torch.ops.moe_ops
 
 # The operators of backward and the public function each belongs to.
 BACKWARD_OF = {
@@ -31,10 +37,48 @@ def register() -> None:
     """Registers the gradients and refusals of every operator."""
     for name, (keep, backward) in FORMULAS.items():
         torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=keep)
+        operator = getattr(ops, name)
+        _RECORDERS[operator] = _recorder(operator, keep, backward)
     for name in BACKWARD_OF:
         torch.library.register_autograd(f"moe_ops::{name}", _refuse_backward(name))
     for name in OPERATORS:
         torch.library.register_vmap(f"moe_ops::{name}", _refuse_vmap(name))
+
+
+def call(operator: Any, *args: Any) -> Any:
+    """operator(*args), with its gradient.
+
+    Tracers, torch.func and arguments that override torch's functions meet the operator and its registered formula.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or has_torch_function(args)
+    ):
+        return operator(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _RECORDERS.get(operator, operator)(*args)
+    return _without_autograd(operator, args)
+
+
+_RECORDERS: dict[Any, Any] = {}  # of the operators that have a formula
+
+
+def _recorder(operator: Any, keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = _without_autograd(operator, args)
+        keep(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(operator.__name__, (torch.autograd.Function,), methods)
+    return function.apply
+
+
+def _without_autograd(operator: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.default(*args)
 
 
 def _refuse_backward(name: str) -> Callable[..., NoReturn]:
@@ -78,9 +122,9 @@ def _route_backward(
     if grad_weights is None and grad_mean is None and grad_lse is None:
         return tuple(grads)
     logits, experts, expert_scale, segments = ctx.saved_tensors
-    grad_logits, grad_scale = torch.ops.moe_ops.route_backward(
-        grad_weights, grad_mean, grad_lse, logits, experts, ctx.score, expert_scale, *ctx.weighing, segments,
-        ctx.num_segments,
+    grad_logits, grad_scale = call(
+        ops.route_backward, grad_weights, grad_mean, grad_lse, logits, experts, ctx.score, expert_scale, *ctx.weighing,
+        segments, ctx.num_segments,
     )  # fmt: skip
     if ctx.needs_input_grad[0]:
         grads[0] = grad_logits
@@ -96,7 +140,7 @@ def _keep_permute(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _permute_backward(ctx: Any, grad: Tensor) -> Gradients:
     row_slot, slot_row = ctx.saved_tensors
-    return torch.ops.moe_ops.combine(grad, None, row_slot, slot_row), None, None
+    return call(ops.combine, grad, None, row_slot, slot_row), None, None
 
 
 def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:
@@ -109,21 +153,20 @@ def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> Gradients:
-    ops = torch.ops.moe_ops
     a, weight, offsets, row_slot, slot_row = ctx.saved_tensors
     grad_a = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_a = ops.grouped_gemm(grad, weight.transpose(1, 2), offsets, None, None, None)
+        grad_a = call(ops.grouped_gemm, grad, weight.transpose(1, 2), offsets, None, None, None)
         if row_slot is not None:
-            grad_a = ops.combine(grad_a, None, row_slot, slot_row)
+            grad_a = call(ops.combine, grad_a, None, row_slot, slot_row)
     if ctx.needs_input_grad[1]:
         width = 1 if slot_row is None else slot_row.shape[1]
         if ctx.main_grad is None:
-            grad_weight = ops.grouped_gemm_weight_grad(grad, a, offsets, row_slot, width, ctx.weight_dtype)
+            grad_weight = call(ops.grouped_gemm_weight_grad, grad, a, offsets, row_slot, width, ctx.weight_dtype)
         else:
-            ops.grouped_gemm_weight_grad_(ctx.main_grad, grad, a, offsets, row_slot, width)
+            call(ops.grouped_gemm_weight_grad_, ctx.main_grad, grad, a, offsets, row_slot, width)
     if ctx.needs_input_grad[3]:
-        grad_bias = ops.grouped_gemm_bias_grad(grad, offsets, ctx.bias_dtype)
+        grad_bias = call(ops.grouped_gemm_bias_grad, grad, offsets, ctx.bias_dtype)
     return grad_a, grad_weight, None, grad_bias, None, None
 
 
@@ -136,9 +179,9 @@ def _combine_backward(ctx: Any, grad: Tensor) -> Gradients:
     rows, weights, row_slot, slot_row = ctx.saved_tensors
     need_rows, need_weights = ctx.needs_input_grad[:2]
     if weights is None:
-        return torch.ops.moe_ops.permute(grad, row_slot, slot_row), None, None, None
-    grad_rows, grad_weights = torch.ops.moe_ops.combine_backward(
-        grad, rows, weights, row_slot, slot_row, need_rows, need_weights
+        return call(ops.permute, grad, row_slot, slot_row), None, None, None
+    grad_rows, grad_weights = call(
+        ops.combine_backward, grad, rows, weights, row_slot, slot_row, need_rows, need_weights
     )
     return grad_rows if need_rows else None, grad_weights if need_weights else None, None, None
 
@@ -162,8 +205,8 @@ def _moe_mlp_backward(ctx: Any, grad_y: Tensor | None, _pre: None) -> Gradients:
         raise RuntimeError("moe_ops::moe_mlp kept no pre-activation for backward: call it with keep_pre=True")
     need_x, need_weights, need_w_in, need_w_out, need_b_in, need_b_out = ctx.needs_input_grad[:6]
     x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row = ctx.saved_tensors
-    grad_x, grad_weights, grad_w_in, grad_w_out, grad_b_in, grad_b_out = torch.ops.moe_ops.moe_mlp_backward(
-        grad_y, x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row, *ctx.options,
+    grad_x, grad_weights, grad_w_in, grad_w_out, grad_b_in, grad_b_out = call(
+        ops.moe_mlp_backward, grad_y, x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row, *ctx.options,
         ctx.b_in_dtype if need_b_in else None, need_x, need_weights, need_w_in, need_w_out, need_b_out,
     )  # fmt: skip
     return (

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, checks, ops
+from moe_ops.autograd import call
 from moe_ops.types import Plan
 
 
@@ -103,7 +104,8 @@ def moe_mlp(
         checks.mlp_experts(x, weights, w_in, experts, capacity)
         if not torch.compiler.is_compiling():
             checks.slots("moe_mlp", experts)
-        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, weights)
+        ranks = weights if policy == checks.DROP_POLICIES["probability"] else None
+        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, ranks)
     else:
         checks.is_plan("moe_mlp", "plan", plan)
         if capacity is not None:
@@ -113,8 +115,8 @@ def moe_mlp(
     operands = (x, weights, w_in, w_out, b_in, b_out)
     keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     y: Tensor
-    y, _ = torch.ops.moe_ops.moe_mlp(
-        x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated, interleaved, alpha, bound,
-        up_offset, weight_on_input, keep_pre,
+    y, _ = call(
+        torch.ops.moe_ops.moe_mlp, x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated,
+        interleaved, alpha, bound, up_offset, weight_on_input, keep_pre,
     )  # fmt: skip
     return y

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, autograd, checks, fakes, library
+from moe_ops.autograd import call
 from moe_ops.types import Plan, RouteResult
 
 library.load()
@@ -131,9 +132,9 @@ def route(
         selection_bias = selection_bias.detach()
     if expert_scale is not None:
         expert_scale = expert_scale.to(fakes.compute_dtype(logits.dtype))
-    weights, experts, counts, mean_prob, logsumexp = torch.ops.moe_ops.route(
-        logits, top_k, score_number, selection_bias, expert_scale, num_groups, top_groups, group_score_number,
-        group_mask_number, renormalize_number, eps, p, scale, cap, stats, segments, num_segments,
+    weights, experts, counts, mean_prob, logsumexp = call(
+        torch.ops.moe_ops.route, logits, top_k, score_number, selection_bias, expert_scale, num_groups, top_groups,
+        group_score_number, group_mask_number, renormalize_number, eps, p, scale, cap, stats, segments, num_segments,
     )  # fmt: skip
     return RouteResult(weights, experts, counts, mean_prob, logsumexp) if stats else (weights, experts)
 
@@ -191,7 +192,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     checks.no_tangents("permute", x)
     checks.is_plan("permute", "plan", plan)
     checks.permute(x, plan.row_slot, plan.slot_row)
-    rows: Tensor = torch.ops.moe_ops.permute(x, plan.row_slot, plan.slot_row)
+    rows: Tensor = call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row)
     return rows
 
 
@@ -229,7 +230,7 @@ def grouped_gemm(
         checks.is_plan("grouped_gemm", "gather", gather)
         row_slot, slot_row = gather.row_slot, gather.slot_row
     checks.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
-    out: Tensor = torch.ops.moe_ops.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
+    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, w, offsets, bias, row_slot, slot_row)
     return out
 
 
@@ -252,5 +253,5 @@ def combine(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     checks.no_tangents("combine", rows, weights)
     checks.is_plan("combine", "plan", plan)
     checks.combine(rows, weights, plan.row_slot, plan.slot_row)
-    y: Tensor = torch.ops.moe_ops.combine(rows, weights, plan.row_slot, plan.slot_row)
+    y: Tensor = call(torch.ops.moe_ops.combine, rows, weights, plan.row_slot, plan.slot_row)
     return y
