@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def parse_args(verb: str, argv: Sequence[str] | None = None) -> argparse.Namespa
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times and roofs (needs matplotlib)")
     args = parser.parse_args(argv)
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("argument --plot: needs matplotlib: pip install matplotlib")
     names = (shapes.QUICK if args.quick else shapes.DEFAULT)[verb]
     args.shape = args.shape or [shapes.STANDING[name] for name in names]
     args.dtype = args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"])

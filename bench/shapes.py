@@ -31,6 +31,8 @@ STANDING = {
         # Small enough for --quick: few wide experts, many narrow ones.
         Shape("quick-wide", 256, 512, 1024, 8, 2),
         Shape("quick-fine", 256, 512, 256, 64, 4),
+        # Nothing to compute: what remains is the host's work for one call.
+        Shape("one-token", 1, 16, 16, 8, 2),
         # Slices that keep a model's number of experts, or its widths, at the size of a laptop.
         Shape("mixtral-slice", 512, 1024, 3584, 8, 2),
         Shape("mixtral-decode", 16, 1024, 3584, 8, 2),
@@ -56,7 +58,7 @@ DEFAULT = {
     "permute": ("mixtral-8x7b", "qwen3-30b", "odd"),
     "combine": ("mixtral-8x7b", "qwen3-30b", "odd"),
     "grouped_gemm": ("mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "odd"),
-    "moe": ("mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "switch-base-8", "odd"),
+    "moe": ("one-token", "mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "switch-base-8", "odd"),
 }
 QUICK = {
     "route": ("qwen3-30b",),

@@ -16,6 +16,7 @@ import pydoc_data.topics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -252,7 +253,12 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, default=3e-3)
     add("--aux-alpha", type=float, default=0.01, help="factor of the load-balancing loss (Fedus et al. 2022)")
     add("--bias-rate", type=float, default=0.003, help="step of the loss-free bias update (Wang et al. 2024)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"argument --steps: expected at least 1, got {args.steps}")
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("argument --plot: needs matplotlib: pip install matplotlib")
+    return args
 
 
 def main() -> None:

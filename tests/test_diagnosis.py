@@ -11,12 +11,14 @@ import torch
 
 import moe_ops
 
+COMMAND = ("-c", "import sys, torch_moe_ops; sys.exit(torch_moe_ops.main())")  # what the script torch-moe-ops runs
 
-def diagnose(first_on_path=None, **environment):
+
+def diagnose(first_on_path=None, command=("-m", "moe_ops"), **environment):
     """Runs the diagnosis in a process of its own: (exit status, output)."""
     path = os.pathsep.join(filter(None, [str(first_on_path or ""), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, "-m", "moe_ops"],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
@@ -47,12 +49,19 @@ def test_unknown_instruction_set_is_a_problem():
     assert status == 1 and "PROBLEM: moe_ops: instruction set 'abacus'" in text and "portable" in text
 
 
-@pytest.mark.parametrize("call", ["route(x, 2)", "route(x, 2, stats=True)", "combine(x, None, plan(i, 1))"])
-def test_unknown_instruction_set_is_named_by_the_first_operator(call):
-    code = f"import torch\nfrom moe_ops import *\nx, i = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int32)\n{call}"
+def test_unknown_instruction_set_is_refused_by_the_import():
     environment = {**os.environ, "MOE_OPS_CPU_ISA": "abacus"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "ValueError: moe_ops: instruction set 'abacus' is not one that this processor has: portable" in run.stderr
+    run = subprocess.run([sys.executable, "-c", "import moe_ops"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: moe_ops: instruction set 'abacus' is not one that this processor has: portable" in run.stderr
+    assert "MOE_OPS_CPU_ISA" in run.stderr
+    status, text = diagnose(command=COMMAND, MOE_OPS_CPU_ISA="abacus")
+    assert status == 1 and "PROBLEM: ImportError: moe_ops: instruction set 'abacus'" in text
+
+
+def test_the_command_gives_the_same_report():
+    status, text = diagnose(command=COMMAND)
+    assert status == 0 and "check: moe_mlp" in text and text.rstrip().endswith("all is well")
 
 
 @pytest.fixture
@@ -74,6 +83,19 @@ def test_foreign_package_is_named(foreign):
     assert status == 1
     assert f"PROBLEM: the moe_ops imported from {foreign}" in text and "is not torch-moe-ops" in text
     assert "PROBLEM: the distribution moe-ops 0.9 installs files as moe_ops too: run `pip uninstall moe-ops`" in text
+
+
+@pytest.mark.parametrize("content", ["def fused_moe(): ...", "raise RuntimeError('no GPU')"])
+def test_foreign_package_in_place_of_ours_is_named_by_the_command(content, foreign):
+    (foreign / "moe_ops" / "__init__.py").write_text(content + "\n")
+    (foreign / "moe_ops" / "__main__.py").unlink()
+    status, text = diagnose(foreign, COMMAND)
+    assert status == 1
+    assert "PROBLEM: the distribution moe-ops 0.9 installs files as moe_ops too: run `pip uninstall moe-ops`" in text
+    if "def" in content:
+        assert f"PROBLEM: the moe_ops imported from {foreign}" in text and "is not torch-moe-ops" in text
+    else:
+        assert "PROBLEM: RuntimeError: no GPU" in text
 
 
 def test_foreign_distribution_beside_ours_is_named(foreign):

@@ -73,6 +73,21 @@ def test_plot_sample_and_progress_bar(example, tmp_path, monkeypatch, capsys):
     assert len(output.split("\n", 1)[1]) > 40
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--steps", "0"], "argument --steps: expected at least 1, got 0"),
+        (["--plot", "curve.png"], "argument --plot: needs matplotlib: pip install matplotlib"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_training(options, text, example, monkeypatch, capsys):
+    module, arguments = example
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        arguments(*options)
+    assert text in capsys.readouterr().err
+
+
 def test_bars_show_the_load(example):
     module, _ = example
     load = module.torch.tensor([[0.0, 0.5, 1.0, 2.5], [0.01, 1.0, 1.0, 1.99]])

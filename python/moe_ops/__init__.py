@@ -6,6 +6,7 @@
 dispatch is plan and permute; moe_mlp is the fused path from tokens to tokens.
 """
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from moe_ops import losses, nn, reference
@@ -14,6 +15,12 @@ from moe_ops.ops import combine, grouped_gemm, permute, plan, route
 from moe_ops.types import Plan, RouteResult
 
 from moe_ops import _C as _C  # isort: skip  # after ops, which loads the libraries it needs
+
+if sys.argv[:1] != ["-m"]:  # python -m moe_ops, which puts it in its report
+    try:
+        _C.instruction_set()
+    except ValueError as error:
+        raise ImportError(f"{error} (the environment variable MOE_OPS_CPU_ISA chose it)") from None
 
 try:
     __version__ = version("torch-moe-ops")

@@ -1,7 +1,7 @@
 """python -m moe_ops: a diagnosis to paste into a bug report. Ends with 1 if something is wrong.
 
-It also runs, and says so, where another distribution's `moe_ops` stands in the way: an unrelated project on PyPI has
-that import name.
+It also runs, and says so, where another distribution's `moe_ops` shares our folder. Where that one has taken our place
+altogether, the command torch-moe-ops still runs.
 """
 
 import itertools
@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
-
-DISTRIBUTION = "torch-moe-ops"
-PUBLIC = ("route", "plan", "permute", "grouped_gemm", "combine", "dispatch", "moe_mlp", "reference")
-
-
-def installed(distribution: str) -> str:
-    """The version of a distribution, or a word that there is none."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def foreign() -> list[str]:
-    """What tells that the moe_ops that was imported is not ours, or shares its folder with another; one text each."""
-    place = moe_ops.__file__ or "an unknown place"
-    missing = [name for name in PUBLIC if not hasattr(moe_ops, name)]
-    found = []
-    if missing:
-        found.append(f"the moe_ops imported from {place} is not {DISTRIBUTION}: it has no {', '.join(missing)}")
-    for other in sorted(set(packages_distributions().get("moe_ops", [])) - {DISTRIBUTION}):
-        found.append(
-            f"the distribution {other} {installed(other)} installs files as moe_ops too: run `pip uninstall {other}`, "
-            f"then `pip install --force-reinstall --no-deps {DISTRIBUTION}`"
-        )
-    return found
+from torch_moe_ops import DISTRIBUTION, foreign, installed
 
 
 def processor() -> str:
@@ -136,7 +110,7 @@ def self_check() -> Iterator[tuple[str, str]]:
 
 def main() -> int:
     """Prints the report; 1 if something is wrong."""
-    problems = foreign()
+    problems = foreign(moe_ops)
     sections = [facts()] if problems else [facts(), compiled_facts(), self_check()]
     try:
         for name, value in itertools.chain.from_iterable(sections):

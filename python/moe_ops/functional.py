@@ -38,7 +38,7 @@ def dispatch(
     checks.dispatch(x, experts, group)
     if not torch.compiler.is_compiling():
         checks.slots("dispatch", "experts", experts.numel())
-    plan = Plan(*call(torch.ops.moe_ops.plan, experts, num_experts, capacity, policy, weights))
+    plan = Plan(*torch.ops.moe_ops.plan(experts, num_experts, capacity, policy, weights))
     return call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row), plan
 
 
@@ -114,8 +114,8 @@ def moe_mlp(
         checks.mlp_experts(x, weights, w_in, experts, capacity)
         if not torch.compiler.is_compiling():
             checks.slots("moe_mlp", "experts", weights.numel())
-        keys = weights if policy == checks.DROP_POLICIES["probability"] else None
-        offsets, row_slot, slot_row, _ = call(torch.ops.moe_ops.plan, experts, w_in.shape[0], capacity, policy, keys)
+        ranks = weights if policy == checks.DROP_POLICIES["probability"] else None
+        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, ranks)
     else:
         checks.is_plan("moe_mlp", "plan", plan)
         if capacity is not None:
