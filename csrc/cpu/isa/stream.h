@@ -1,0 +1,46 @@
+// Outputs too large to be found in a cache by whoever reads them are stored past it: no line is read before it is
+// overwritten, and the operands stay where they are.
+#pragma once
+
+#include "cpu/isa/vec.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace moe::MOE_ISA {
+
+inline constexpr int kLine = 64;                              // bytes of a cache line
+inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;  // outputs from here on; operands are fetched ahead
+
+// Whether rows that lie contiguous from `to` on are stored past the cache. Only whole lines are: a part of one would be
+// read first.
+inline bool is_streamed(const void* to, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamedBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
+}
+
+// `to` is aligned to the vector.
+template <class V>
+MOE_INLINE void stream_vector(void* to, V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#endif
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// Before others may read what was streamed.
+MOE_INLINE void end_of_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// To the second level: the first is too small for the rows of a token beside those in work.
+MOE_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(from, 0, 2); }
+
+}  // namespace moe::MOE_ISA
