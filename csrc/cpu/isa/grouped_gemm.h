@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/isa/epilogue.h"
+#include "cpu/isa/few_rows.h"
 #include "cpu/isa/stream.h"
 #include "cpu/scratch.h"
 
@@ -100,15 +101,15 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
 
 // Few rows, weights with unit stride along K: as much of the rows as fits is packed, then the weights stream by.
 template <class Ar, class X, class W>
-void multiply_streamed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  constexpr int64_t kStride = kStreamStride<Ar>, kDepth = kStride * Ar::kDepth;
-  std::memset(blocks.a + a.count * kStride, 0, (kStreamRows - a.count) * kStride * sizeof(blocks.a[0]));
+void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
+  constexpr int64_t kStride = kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
+  std::memset(blocks.a + a.count * kStride, 0, (kFewRows - a.count) * kStride * sizeof(blocks.a[0]));
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a, kStride);
     for (int64_t half = 0; half <= w.gated; ++half)
-      stream<Ar, X>(a.count, blocks.a, w.run(half) + k, w.col_stride(), w.cols, depth,
-                    blocks.tile + half * kTileCols / 2, k == 0);
+      multiply_few<Ar, X>(a.count, blocks.a, w.run(half) + k, w.col_stride(), w.cols, depth,
+                          blocks.tile + half * kTileCols / 2, k == 0);
   }
 }
 
@@ -137,7 +138,7 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
                          .at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, result_cols),
                          .cols = tile.cols,
                          .gated = gated};
-  if (tile.rows <= kStreamRows && w.k_stride == 1) multiply_streamed<Ar>(a, w, blocks);
+  if (tile.rows <= kFewRows && w.k_stride == 1) multiply_unpacked<Ar>(a, w, blocks);
   else multiply_packed<Ar>(a, w, blocks);
 
   switch (p.epilogue) {
@@ -158,14 +159,14 @@ inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row
   });
 }
 
-// to = values [cols], or += them; past the caches where that is asked for and `to` is aligned.
+// to = values [cols], or += them; streamed where that is asked for and `to` is aligned.
 template <class S, class C>
-MOE_INLINE void store_gradient(S* to, const C* values, int64_t cols, bool accumulate, bool past_caches) {
+MOE_INLINE void store_gradient(S* to, const C* values, int64_t cols, bool accumulate, bool streamed) {
   constexpr int lanes = kLanes<C>;
   if (accumulate) {
     for (int64_t j = 0; j < cols; j += lanes)
       store<C>(to + j, load<C>(to + j, cols - j) + load<C>(values + j), cols - j);
-  } else if (past_caches && uintptr_t(to) % sizeof(Packed<C, S>) == 0 && cols % lanes == 0) {
+  } else if (streamed && uintptr_t(to) % sizeof(Packed<C, S>) == 0 && cols % lanes == 0) {
     for (int64_t j = 0; j < cols; j += lanes) stream_vector(to + j, from_compute<S, C>(load<C>(values + j)));
   } else {
     for (int64_t j = 0; j < cols; j += lanes) store<C>(to + j, load<C>(values + j), cols - j);
@@ -195,12 +196,12 @@ void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_beg
 
   visit_dtype(p.out_dtype, [&](auto* out) {
     using S = std::remove_pointer_t<decltype(out)>;
-    const bool past_caches = p.num_experts * p.n * p.k * int64_t(sizeof(S)) > kStreamBytes;
+    const bool streamed = p.num_experts * p.n * p.k * int64_t(sizeof(S)) >= kStreamedBytes;
     for (int64_t i = 0; i < n; ++i)
       store_gradient(static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin, blocks.tile + i * kTileCols,
-                     cols, p.accumulate, past_caches);
+                     cols, p.accumulate, streamed);
   });
-  stream_fence();
+  end_of_stream();
 }
 
 inline void grouped_gemm_weight_grad(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,

@@ -1,6 +1,7 @@
 // The table of one instruction set; compiled once for each (see vec.h).
 #include "cpu/isa/combine.h"
 #include "cpu/isa/grouped_gemm.h"
+#include "cpu/isa/permute.h"
 #include "cpu/isa/roof.h"
 #include "cpu/isa/route.h"
 #include "cpu/isa/route_backward.h"
@@ -16,6 +17,7 @@ extern const Kernels kTable{
     .name = MOE_NAME(MOE_ISA),
     .route = route,
     .route_backward = route_backward,
+    .permute = permute,
     .combine = combine,
     .combine_backward = combine_backward,
     .grouped_gemm = grouped_gemm,

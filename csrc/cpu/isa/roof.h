@@ -2,7 +2,7 @@
 // never waits for arithmetic. cpu/roof.cpp runs them on every thread at once and times them.
 #pragma once
 
-#include "cpu/isa/vec.h"
+#include "cpu/isa/stream.h"
 
 namespace moe::MOE_ISA {
 
@@ -69,12 +69,12 @@ inline void roof_read(const float* from, int64_t bytes, double* sink) {
 
 // Stores go past the caches, so that nothing is read but the source. `to` is aligned to 64 bytes.
 inline void roof_copy(float* to, const float* from, int64_t bytes) {
-  constexpr int kLine = 16;  // a whole cache line of one stream before the next: half lines would cost a read
-  const int64_t length = bytes / int64_t(kStreams * kLine * sizeof(float)) * kLine;
-  for (int64_t i = 0; i < length; i += kLine)
+  constexpr int kStep = kLine / int(sizeof(float));  // a whole line of one stream before the next
+  const int64_t length = bytes / int64_t(kStreams * kLine) * kStep;
+  for (int64_t i = 0; i < length; i += kStep)
     for (int64_t at = i; at < kStreams * length; at += length) {
       __builtin_prefetch(from + at + kAhead);
-      for (int lane = 0; lane < kLine; lane += kLanes<float>)
+      for (int lane = 0; lane < kStep; lane += kLanes<float>)
         stream_vector(to + at + lane, load<float>(from + at + lane));
     }
 }

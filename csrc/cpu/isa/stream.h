@@ -1,71 +1,46 @@
-// Few rows: bound by reading the weights, which are read once, where they lie. A square of them is transposed in
-// registers and multiplied there, never packed. Sums run in the order and in the blocks of multiply.h, so that a row's
-// result does not depend on which of the two computed it.
+// Outputs too large to be found in a cache by whoever reads them are stored past it: no line is read before it is
+// overwritten, and the operands stay where they are.
 #pragma once
 
-#include "cpu/isa/pack.h"
+#include "cpu/isa/vec.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 namespace moe::MOE_ISA {
 
-// The most rows that stream: their accumulators and a block share the registers. Between rows of A lie as many Elements
-// as a tile's block of A has room for, whole blocks of the reduction, so that every address is a register plus a
-// constant.
-inline constexpr int kStreamRows = kMicroRows;
-template <class Ar>
-inline constexpr int64_t kStreamStride = kTileRows / kStreamRows * RowsOfA<Ar>::kRowStride / kBlockSteps * kBlockSteps;
+inline constexpr int kLine = 64;                              // bytes of a cache line
+inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;  // outputs from here on; operands are fetched ahead
 
-// acc[rows] += a[rows, kLanes Elements] . block of weights. next: the same place in the weights that will be read after
-// these, or null.
-template <class Ar, class X, bool whole, int rows, class S>
-MOE_INLINE void stream_block(const typename Ar::Element* a, const S* corner, int64_t n_stride, int64_t width,
-                             int64_t depth, Vec<typename Ar::C>* acc, const S* next) {
-  constexpr int lanes = kLanes<typename Ar::C>;
-  Vec<typename Ar::Element> block[lanes];
-  load_transposed<Ar, X, whole>(corner, n_stride, width, depth, block);
-  if (next)
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) __builtin_prefetch(next + j * n_stride, 0, 2);
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i)
-#pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row)
-      acc[row] = Ar::step(acc[row], broadcast(a[row * kStreamStride<Ar> + i]), block[i]);
+// Whether rows that lie contiguous from `to` on are stored past the cache. Only whole lines are: a part of one would be
+// read first.
+inline bool is_streamed(const void* to, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamedBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
 }
 
-// c[rows, kLanes] (+)= a[rows, depth] . weights[kLanes, depth]^T, of which `width` columns are there.
-template <class Ar, class X, class S, int rows>
-MOE_INLINE void stream_columns(const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t width,
-                               int64_t depth, typename Ar::C* c, bool first, const S* next) {
-  using C = typename Ar::C;
-  constexpr int64_t step = kLanes<C> * Ar::kDepth;
-  for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
-    const int64_t end = min(begin + kBlockDepth<Ar>, depth);
-    Vec<C> acc[rows] = {};
-    int64_t k = begin;
-    for (; width >= kLanes<C> && k + step <= end; k += step)
-      stream_block<Ar, X, true, rows>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc,
-                                      next ? next + k : nullptr);
-    for (; k < end; k += step)
-      stream_block<Ar, X, false, rows, S>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc, nullptr);
-    for (int row = 0; row < rows; ++row) {
-      C* to = c + row * kTileCols;
-      store<C>(to, first && begin == 0 ? acc[row] : load<C>(to) + acc[row]);
-    }
-  }
+// `to` is aligned to the vector.
+template <class V>
+MOE_INLINE void stream_vector(void* to, V v) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#endif
+  std::memcpy(to, &v, sizeof(v));
 }
 
-template <class Ar, class X, class S, int rows = 1>
-void stream(int64_t n, const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t cols, int64_t depth,
-            typename Ar::C* c, bool first) {
-  constexpr int lanes = kLanes<typename Ar::C>, more = rows < kStreamRows / 2 ? 2 * rows : kStreamRows;
-  if constexpr (rows < kStreamRows) {
-    if (n > rows) return stream<Ar, X, S, more>(n, a, weight, n_stride, cols, depth, c, first);
-  }
-  for (int64_t col = 0; col < cols; col += lanes) {
-    const S* here = weight + col * n_stride;
-    stream_columns<Ar, X, S, rows>(a, here, n_stride, cols - col, depth, c + col, first,
-                                   col + lanes < cols ? here + lanes * n_stride : nullptr);
-  }
+// Before others may read what was streamed.
+MOE_INLINE void end_of_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
 }
+
+// To the second level: the first is too small for the rows of a token beside those in work.
+MOE_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 }  // namespace moe::MOE_ISA

@@ -20,8 +20,10 @@ struct Kernels {
   void (*route_backward)(const RouteBackwardParams&, int64_t begin, int64_t end, const int64_t* tokens_of_segment,
                          double* partial_scale);
 
-  void (*combine)(const CombineParams&, int64_t begin, int64_t end);                   // tokens
-  void (*combine_backward)(const CombineBackwardParams&, int64_t begin, int64_t end);  // rows
+  // Tokens begin..end; rows that no token has are left alone.
+  void (*permute)(const PermuteParams&, int64_t begin, int64_t end);
+  void (*combine)(const CombineParams&, int64_t begin, int64_t end);
+  void (*combine_backward)(const CombineBackwardParams&, int64_t begin, int64_t end);
 
   // One tile: rows row_begin..row_end of one expert, columns from col_begin on. partial_score [R, score_stride] takes
   // the tile's share of grad_score.

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#ifdef __SSE2__
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 
@@ -147,31 +147,6 @@ template <class E>
 MOE_INLINE void store_vector(E* to, Vec<E> value) {
   std::memcpy(to, &value, sizeof(value));
 }
-
-// Past the caches, where the processor can: for results too large to be found there again, so that their lines are not
-// read first. `to` is aligned to the vector; stream_fence() before another thread may read.
-template <class V>
-MOE_INLINE void stream_vector(void* to, V value) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(value));
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(value));
-#endif
-#if defined(__SSE2__)
-  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(value));
-#endif
-  std::memcpy(to, &value, sizeof(value));
-}
-
-MOE_INLINE void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-// Results of fewer bytes may still be in a cache when they are read next.
-inline constexpr int64_t kStreamBytes = 16 << 20;
 
 // One value at a time, with the same rounding.
 template <class C, class S>
