@@ -174,7 +174,7 @@ def plan(
     checks.plan("plan", experts, num_experts, capacity, policy, weights)
     if not torch.compiler.is_compiling():  # a bound on a traced size would become a guard
         checks.slots("plan", "experts", experts.numel())
-    return Plan(*call(torch.ops.moe_ops.plan, experts, num_experts, capacity, policy, weights))
+    return Plan(*torch.ops.moe_ops.plan(experts, num_experts, capacity, policy, weights))
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
