@@ -40,9 +40,7 @@ struct Terms {
 template <int vectors, bool streamed, class C, class S>
 MOE_INLINE void combine_columns(const Terms<C, S>& from, const Terms<C, S>& next, int64_t ahead, S* y, int64_t col,
                                 int64_t cols) {
-  for (int64_t i = 0; i < ahead; ++i)
-    for (int64_t at = 0; at < cols * int64_t(sizeof(S)); at += kLine)
-      fetch_ahead(reinterpret_cast<const char*>(next.terms[i].row + col) + at);
+  for (int64_t i = 0; i < ahead; ++i) fetch_ahead(next.terms[i].row + col, cols);
   Vec<C> sum[vectors] = {};
   for (int64_t i = 0; i < from.count; ++i) {
     const auto [row, weight] = from.terms[i];
@@ -89,55 +87,92 @@ inline void combine(const CombineParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// One row's gradient, weight * grad_y (to, if given), and the dot product of grad_y with that row (if given); `next` is
-// fetched.
-template <bool rows, bool dot, bool streamed, class C, class S>
-MOE_INLINE C combine_row_backward(const S* grad_y, const S* row, const S* next, C weight, S* to, int64_t hidden) {
-  constexpr int64_t lanes = kLanes<C>;
-  constexpr int chains = 4;
-  Vec<C> sum[chains] = {};
-  const Vec<C> scale = broadcast(weight);
-  auto step = [&](int64_t col, int chain, int64_t cols) __attribute__((always_inline)) {
-    Vec<C> grad = load<C>(grad_y + col, cols);
-    if constexpr (rows && streamed) stream_vector(to + col, from_compute<S, C>(scale * grad));
-    else if constexpr (rows) store<C>(to + col, scale * grad, cols);
-    if constexpr (dot) sum[chain] += grad * load<C>(row + col, cols);
+inline constexpr int kSums = 4;  // of a dot product, side by side
+
+// The rows of one token that are there, with what their backward needs.
+template <class C, class S>
+struct BackwardTerms {
+  struct Term {
+    const S* row;
+    S* grad;
+    C weight;
+    int64_t slot;
+    Vec<C> sum[kSums];  // of <grad_y, row>
   };
-  int64_t col = 0;
-  for (; col + chains * lanes <= hidden; col += chains * lanes) {
-    for (int64_t at = 0; dot && at < chains * lanes * int64_t(sizeof(S)); at += kLine)
-      fetch_ahead(reinterpret_cast<const char*>(next + col) + at);
-    for (int chain = 0; chain < chains; ++chain) step(col + chain * lanes, chain, lanes);
+
+  explicit BackwardTerms(int64_t capacity) : terms(capacity) {}
+
+  MOE_INLINE void find(const CombineBackwardParams& p, int64_t token) {
+    count = 0;
+    for (int64_t slot = token * p.width; slot < (token + 1) * p.width; ++slot) {
+      const int64_t row = p.slot_row[slot];
+      if (row < 0 || row >= p.num_rows || p.row_slot[row] != slot) continue;
+      terms[count++] = {.row = p.rows ? static_cast<const S*>(p.rows.data) + row * p.rows.stride : nullptr,
+                        .grad = p.grad_rows ? static_cast<S*>(p.grad_rows.data) + row * p.grad_rows.stride : nullptr,
+                        .weight = p.weights ? read<C>(p.weights, slot) : C(1),
+                        .slot = slot,
+                        .sum = {}};
+    }
   }
-  for (int chain = 0; col < hidden; col += lanes, ++chain) step(col, chain, hidden - col);
-  return dot ? sum_lanes<C>((sum[0] + sum[1]) + (sum[2] + sum[3])) : C(0);
+
+  Buffer<Term> terms;
+  int64_t count = 0;
+};
+
+// Columns col .. col + cols of one row's gradient, weight * grad_y, and their share of the dot product.
+template <bool rows, bool dot, bool streamed, class C, class S>
+MOE_INLINE void combine_columns_backward(typename BackwardTerms<C, S>::Term& term, const S* grad_y, int64_t col,
+                                         int64_t cols) {
+  constexpr int64_t lanes = kLanes<C>;
+  const Vec<C> scale = broadcast(term.weight);
+  const S* row = dot ? term.row + col : nullptr;
+  S* to = rows ? term.grad + col : nullptr;
+  auto step = [&](int64_t i, Vec<C>& sum, int64_t n) __attribute__((always_inline)) {
+    const Vec<C> grad = load<C>(grad_y + col + i, n);
+    if constexpr (rows && streamed) stream_vector(to + i, from_compute<S, C>(scale * grad));
+    else if constexpr (rows) store<C>(to + i, scale * grad, n);
+    if constexpr (dot) sum += grad * load<C>(row + i, n);
+  };
+  Vec<C> sum[kSums];
+  for (int s = 0; s < kSums; ++s) sum[s] = term.sum[s];
+  int64_t i = 0;
+  for (; i + kSums * lanes <= cols; i += kSums * lanes)
+    for (int s = 0; s < kSums; ++s) step(i + s * lanes, sum[s], lanes);
+  for (int s = 0; i < cols; i += lanes, ++s) step(i, sum[s], cols - i);
+  for (int s = 0; s < kSums; ++s) term.sum[s] = sum[s];
 }
 
 template <bool rows, bool dot, bool streamed, class S>
 void combine_rows_backward(const CombineBackwardParams& p, int64_t begin, int64_t end) {
   using C = Compute<S>;
-  auto row_of = [&](int64_t slot) -> int64_t {  // -1 where the slot is dropped
-    const int64_t row = p.slot_row[slot];
-    return row >= 0 && row < p.num_rows && p.row_slot[row] == slot ? row : -1;
-  };
-  auto find = [&](int64_t row) { return static_cast<const S*>(p.rows.data) + row * p.rows.stride; };
-  auto set_grad_weight = [&](int64_t slot, C value) {
-    visit_dtype(p.weights.dtype,
-                [&](auto* type) { store<C>(static_cast<decltype(type)>(p.grad_weights) + slot, broadcast(value), 1); });
-  };
-  for (int64_t slot = begin * p.width; slot < end * p.width; ++slot) {
-    const int64_t r = row_of(slot);
-    if (r < 0) {
-      if constexpr (dot) set_grad_weight(slot, C(0));
-      continue;
+  const int64_t block = 1024 / sizeof(S);
+  const bool large = dot && p.num_rows * p.hidden * int64_t(sizeof(S)) >= kStreamedBytes;
+  BackwardTerms<C, S> terms[2]{BackwardTerms<C, S>(p.width), BackwardTerms<C, S>(p.width)};
+  if (begin < end) terms[begin % 2].find(p, begin);
+  for (int64_t token = begin; token < end; ++token) {
+    BackwardTerms<C, S>& here = terms[token % 2];
+    BackwardTerms<C, S>& next = terms[(token + 1) % 2];
+    if (token + 1 < end) next.find(p, token + 1);
+    const int64_t ahead = large && token + 1 < end ? next.count : 0;
+    const S* grad_y = static_cast<const S*>(p.grad_y.data) + token * p.grad_y.stride;
+    for (int64_t col = 0; col < p.hidden; col += block) {
+      const int64_t cols = p.hidden - col < block ? p.hidden - col : block;
+      for (int64_t i = 0; i < here.count; ++i) {
+        if (i < ahead) fetch_ahead(next.terms[i].row + col, cols);
+        combine_columns_backward<rows, dot, streamed, C, S>(here.terms[i], grad_y, col, cols);
+      }
     }
-    const S* grad_y = static_cast<const S*>(p.grad_y.data) + slot / p.width * p.grad_y.stride;
-    const int64_t next = slot + 1 < end * p.width ? row_of(slot + 1) : -1;
-    S* to = rows ? static_cast<S*>(p.grad_rows.data) + r * p.grad_rows.stride : nullptr;
-    const C weight = p.weights ? read<C>(p.weights, slot) : C(1);
-    const C product = combine_row_backward<rows, dot, streamed>(
-        grad_y, dot ? find(r) : nullptr, dot ? find(next < 0 ? r : next) : nullptr, weight, to, p.hidden);
-    if constexpr (dot) set_grad_weight(slot, product);
+    if constexpr (dot) {
+      visit_dtype(p.weights.dtype, [&](auto* type) {
+        auto* grad_weights = static_cast<decltype(type)>(p.grad_weights);
+        for (int64_t k = 0; k < p.width; ++k) store<C>(grad_weights + token * p.width + k, Vec<C>{}, 1);
+        for (int64_t i = 0; i < here.count; ++i) {
+          const auto& sum = here.terms[i].sum;
+          const C product = sum_lanes<C>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+          store<C>(grad_weights + here.terms[i].slot, broadcast(product), 1);
+        }
+      });
+    }
   }
   if constexpr (streamed) end_of_stream();
 }

@@ -77,8 +77,8 @@ class Sum {
  private:
   template <int... i>
   MOE_INLINE void add_halves(Vec<C> v, std::integer_sequence<int, i...>) {
-    parts_[0] += __builtin_convertvector(__builtin_shufflevector(v, v, i...), Vec<double>);
-    parts_[1] += __builtin_convertvector(__builtin_shufflevector(v, v, (kLanes<double> + i)...), Vec<double>);
+    parts_[0] += convert<Vec<double>>(__builtin_shufflevector(v, v, i...));
+    parts_[1] += convert<Vec<double>>(__builtin_shufflevector(v, v, (kLanes<double> + i)...));
   }
 
   Vec<double> parts_[2]{};

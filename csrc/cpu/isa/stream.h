@@ -41,6 +41,10 @@ MOE_INLINE void end_of_stream() {
 }
 
 // To the second level: the first is too small for the rows of a token beside those in work.
-MOE_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(from, 0, 2); }
+template <class S>
+MOE_INLINE void fetch_ahead(const S* from, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += kLine) __builtin_prefetch(bytes + at, 0, 2);
+}
 
 }  // namespace moe::MOE_ISA

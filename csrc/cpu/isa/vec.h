@@ -58,13 +58,38 @@ using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 template <class C, class S>
 using Packed = Vec<std::conditional_t<sizeof(S) == 2, uint16_t, S>, kLanes<C>>;
 
+// Conversions to and from whole vectors. __builtin_convertvector says the same, but gcc 12 makes of one AVX-512
+// instruction two of half the width, an extraction and an insertion.
+#ifdef __AVX512F__
+MOE_INLINE Vec<uint32_t, 16> convert(Vec<uint16_t, 16> v, Vec<uint32_t, 16>) {
+  return bit_cast<Vec<uint32_t, 16>>(_mm512_maskz_cvtepu16_epi32(-1, bit_cast<__m256i>(v)));
+}
+MOE_INLINE Vec<uint16_t, 16> convert(Vec<uint32_t, 16> v, Vec<uint16_t, 16>) {
+  return bit_cast<Vec<uint16_t, 16>>(_mm512_maskz_cvtepi32_epi16(-1, bit_cast<__m512i>(v)));
+}
+MOE_INLINE Vec<double, 8> convert(Vec<float, 8> v, Vec<double, 8>) {
+  return bit_cast<Vec<double, 8>>(_mm512_maskz_cvtps_pd(-1, bit_cast<__m256>(v)));
+}
+MOE_INLINE Vec<float, 8> convert(Vec<double, 8> v, Vec<float, 8>) {
+  return bit_cast<Vec<float, 8>>(_mm512_maskz_cvtpd_ps(-1, bit_cast<__m512d>(v)));
+}
+#endif
+template <class To, class From>
+MOE_INLINE To convert(From v, To) {
+  return __builtin_convertvector(v, To);
+}
+template <class To, class From>
+MOE_INLINE To convert(From v) {
+  return convert(v, To{});
+}
+
 template <class C, class S>
 MOE_INLINE Vec<C> to_compute(Packed<C, S> v) {
   constexpr int n = kLanes<C>;
   if constexpr (std::is_same_v<S, C>) {
     return v;
   } else if constexpr (std::is_same_v<S, bfloat16>) {
-    return __builtin_convertvector(bit_cast<Vec<float, n>>(__builtin_convertvector(v, Vec<uint32_t, n>) << 16), Vec<C>);
+    return convert<Vec<C>>(bit_cast<Vec<float, n>>(convert<Vec<uint32_t, n>>(v) << 16));
   } else if constexpr (std::is_same_v<S, float16>) {
 #if defined(__AVX512F__)
     if constexpr (n == 16) return bit_cast<Vec<C>>(_mm512_maskz_cvtph_ps(-1, bit_cast<__m256i>(v)));
@@ -75,22 +100,29 @@ MOE_INLINE Vec<C> to_compute(Packed<C, S> v) {
     for (int i = 0; i < n; ++i) out[i] = C(__builtin_bit_cast(_Float16, uint16_t(v[i])));
     return out;
   } else {
-    return __builtin_convertvector(v, Vec<C>);
+    return convert<Vec<C>>(v);
   }
 }
 
-// Rounds to nearest even, as PyTorch does; a NaN becomes the quiet NaN.
+// Rounds to nearest even, as PyTorch does; a NaN becomes a quiet NaN.
 template <class S, class C>
 MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   constexpr int n = kLanes<C>;
   if constexpr (std::is_same_v<S, C>) {
     return v;
   } else if constexpr (std::is_same_v<S, bfloat16>) {
-    auto f = __builtin_convertvector(v, Vec<float, n>);
+    auto f = convert<Vec<float, n>>(v);
+#ifdef __AVX512BF16__
+    // The instruction takes numbers below the smallest normal one for zeros.
+    constexpr int kDenormal = 0x20;
+    if constexpr (n == 16)
+      if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(f), kDenormal) == 0, 1))
+        return bit_cast<Packed<C, S>>(_mm512_cvtneps_pbh(bit_cast<__m512>(f)));
+#endif
     auto bits = bit_cast<Vec<uint32_t, n>>(f);
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     bits = f == f ? bits : bits * 0 + 0x7fc0;
-    return __builtin_convertvector(bits, Packed<C, S>);
+    return convert<Packed<C, S>>(bits);
   } else if constexpr (std::is_same_v<S, float16>) {
 #if defined(__AVX512F__)
     if constexpr (n == 16)
@@ -103,7 +135,7 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
     for (int i = 0; i < n; ++i) out[i] = __builtin_bit_cast(uint16_t, _Float16(v[i]));
     return out;
   } else {
-    return __builtin_convertvector(v, Packed<C, S>);
+    return convert<Packed<C, S>>(v);
   }
 }
 
