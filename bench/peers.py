@@ -37,6 +37,23 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights / weights.sum(dim=-1, keepdim=True), experts
 
 
+def route_in_groups(
+    logits: Tensor, top_k: int, bias: Tensor, groups: int, top_groups: int, choose_by: Tensor | None = None
+) -> Tensor:
+    """The weights of DeepSeek-V3's router: sigmoid; bias for the choice alone; experts of the groups whose two largest
+    sum to most. choose_by: logits that make the choice in place of `logits`.
+    """
+    scores = torch.sigmoid(logits.to(compute_dtype(logits.dtype)))
+    with torch.no_grad():
+        choice = (scores if choose_by is None else torch.sigmoid(choose_by.to(bias.dtype))) + bias
+        by_group = choice.unflatten(1, (groups, -1))
+        best = by_group.topk(2, dim=-1).values.sum(dim=-1).topk(top_groups, dim=-1).indices
+        outside = torch.ones_like(by_group[:, :, 0], dtype=torch.bool).scatter(1, best, False)
+        chosen = by_group.masked_fill(outside[:, :, None], -torch.inf).flatten(1).topk(top_k, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+
+
 def plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """offsets [E + 1] and the slot of each row [R], rows sorted by expert."""
     flat = experts.flatten()
