@@ -52,6 +52,7 @@ def call(operator: Any, *args: Any) -> Any:
     """
     if (
         torch.compiler.is_compiling()
+        or not _HAS_INTERNALS
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or has_torch_function(args)
@@ -63,6 +64,10 @@ def call(operator: Any, *args: Any) -> Any:
 
 
 _RECORDERS: dict[Any, Any] = {}  # of the operators that have a formula
+
+# What `call` uses of torch that has no public name: a torch that lacks some of it gets the operators as they are.
+_INTERNALS = ("_is_tracing", "_are_functorch_transforms_active", "_any_requires_grad", "_AutoDispatchBelowAutograd")
+_HAS_INTERNALS = all(hasattr(torch._C, name) for name in _INTERNALS)
 
 
 def _recorder(operator: Any, keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
