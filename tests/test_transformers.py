@@ -11,7 +11,7 @@ import moe_ops
 from accuracy import assert_as_accurate, assert_bitwise_equal, place
 from cases import randn
 
-pytest.importorskip("transformers", reason="transformers is not installed (it is in the extra [test])")
+pytest.importorskip("transformers", reason="transformers is not installed (it is in the extra [transformers])")
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 24, 16, 4, 50
 CONFIG = SimpleNamespace(

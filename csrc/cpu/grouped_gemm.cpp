@@ -20,9 +20,12 @@ std::vector<int64_t> read_offsets(const int32_t* offsets, int64_t num_experts, i
 }
 
 void zero_rows(const Matrix& matrix, int64_t begin, int64_t end, int64_t cols) {
-  for (int64_t row = begin; row < end && matrix; ++row)
-    std::memset(static_cast<char*>(matrix.data) + row * matrix.stride * size_of(matrix.dtype), 0,
-                cols * size_of(matrix.dtype));
+  if (!matrix) return;
+  const int64_t size = size_of(matrix.dtype);
+  for_each_range(end - begin, cols, [&](int64_t from, int64_t to) {
+    for (int64_t row = begin + from; row < begin + to; ++row)
+      std::memset(static_cast<char*>(matrix.data) + row * matrix.stride * size, 0, cols * size);
+  });
 }
 
 struct RowsOfExpert {

@@ -73,7 +73,8 @@ void combine_rows(const CombineParams& p, int64_t begin, int64_t end) {
     int64_t col = 0;
     for (; col + kBlock * lanes <= p.hidden; col += kBlock * lanes)
       combine_columns<kBlock, streamed>(here, next, ahead, y, col, kBlock * lanes);
-    for (; col < p.hidden; col += lanes) combine_columns<1, streamed>(here, next, ahead, y, col, p.hidden - col);
+    for (; col < p.hidden; col += lanes)
+      combine_columns<1, streamed>(here, next, ahead, y, col, min(p.hidden - col, lanes));
   }
   if constexpr (streamed) end_of_stream();
 }

@@ -109,8 +109,8 @@ void activate_tile(const GroupedGemmParams& p, const Tile& tile, const C* values
   }
 }
 
-// values is dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A, share += <dA',
-// A>.
+// values is dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A; share += the
+// product of dA' and A.
 template <class S, class C>
 void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile, const C* values, C* share,
                             int64_t share_stride) {
@@ -128,7 +128,7 @@ void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile, const 
       const int64_t n = tile.cols - j;
       const auto gate = load_strided<C>(pre + at.gate + j * at.step, at.step, n);
       const auto up = gated ? load_strided<C>(pre + at.up + j * at.step, at.step, n) : gate;
-      const auto grad = load<C>(values + j, n);
+      const auto grad = load<C>(values + j, n) + C(0);  // -0 as +0: few rows add zeros behind the last value
       const auto g = ActivationMath<LaneMath<C>>::backward(p.activation, gate, up, broadcast(score) * grad);
       sum = sum + grad * g.value;
       store<C>(out + j, broadcast(score) * g.value, n);

@@ -54,6 +54,13 @@ MOE_INLINE void few_rows_columns(const typename Ar::Element* a, const S* weight,
   }
 }
 
+// The rows that are computed for `count` of them: a power of two, or all.
+inline int64_t rows_taken(int64_t count) {
+  int64_t rows = 1;
+  while (rows < count) rows = rows < kFewRows / 2 ? 2 * rows : kFewRows;
+  return rows;
+}
+
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t cols,
                   int64_t depth, typename Ar::C* c, bool first) {

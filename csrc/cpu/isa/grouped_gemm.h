@@ -46,9 +46,8 @@ struct TileRows {
   int64_t count;
 };
 
-// The weights that a tile multiplies: `cols` columns, or as many gates and ups, from an expert's rows gate, gate +
-// step,
-// ... and up, up + step, ...
+// The weights that a tile multiplies: `cols` columns, or as many gates and ups: rows at.gate, at.gate + at.step, ...
+// and at.up, at.up + at.step, ... of an expert.
 template <class W>
 struct TileWeights {
   const W* data;
@@ -103,7 +102,10 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
 template <class Ar, class X, class W>
 void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
   constexpr int64_t kStride = kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
-  std::memset(blocks.a + a.count * kStride, 0, (kFewRows - a.count) * kStride * sizeof(blocks.a[0]));
+  // Rows that multiply_few takes besides: what they hold is multiplied, though never stored.
+  const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(min(w.depth, kDepth), Ar::kDepth));
+  for (int64_t row = a.count; row < rows_taken(a.count); ++row)
+    std::memset(blocks.a + row * kStride, 0, read * sizeof(blocks.a[0]));
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a, kStride);
@@ -159,14 +161,14 @@ inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row
   });
 }
 
-// to = values [cols], or += them; streamed where that is asked for and `to` is aligned.
+// to = values [cols], whole lines where they are streamed; or to += values.
 template <class S, class C>
 MOE_INLINE void store_gradient(S* to, const C* values, int64_t cols, bool accumulate, bool streamed) {
   constexpr int lanes = kLanes<C>;
   if (accumulate) {
     for (int64_t j = 0; j < cols; j += lanes)
       store<C>(to + j, load<C>(to + j, cols - j) + load<C>(values + j), cols - j);
-  } else if (streamed && uintptr_t(to) % sizeof(Packed<C, S>) == 0 && cols % lanes == 0) {
+  } else if (streamed) {
     for (int64_t j = 0; j < cols; j += lanes) stream_vector(to + j, from_compute<S, C>(load<C>(values + j)));
   } else {
     for (int64_t j = 0; j < cols; j += lanes) store<C>(to + j, load<C>(values + j), cols - j);
@@ -179,8 +181,7 @@ void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_beg
   using Ar = Arithmetic<X>;
   using C = typename Ar::C;
   auto& blocks = Blocks<Ar>::of_thread();
-  const int64_t n = p.n - n_begin < kTileRows ? p.n - n_begin : kTileRows;
-  const int64_t cols = p.k - k_begin < kTileCols ? p.k - k_begin : kTileCols;
+  const int64_t n = min(p.n - n_begin, kTileRows), cols = min(p.k - k_begin, kTileCols);
   const X* rows[kBlockDepth<Ar>];
   C scale[kBlockDepth<Ar>];
 
@@ -196,12 +197,12 @@ void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_beg
 
   visit_dtype(p.out_dtype, [&](auto* out) {
     using S = std::remove_pointer_t<decltype(out)>;
-    const bool streamed = p.num_experts * p.n * p.k * int64_t(sizeof(S)) >= kStreamedBytes;
+    const bool streamed = !p.accumulate && is_streamed(p.out, p.num_experts * p.n, p.k * int64_t(sizeof(S)));
     for (int64_t i = 0; i < n; ++i)
       store_gradient(static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin, blocks.tile + i * kTileCols,
                      cols, p.accumulate, streamed);
+    if (streamed) end_of_stream();
   });
-  end_of_stream();
 }
 
 inline void grouped_gemm_weight_grad(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,

@@ -42,9 +42,9 @@ struct Reader {
     if constexpr (Ar::kDepth == 1) {
       return to_compute<C, X>(rounded(rows[0], n, scale[0], scaled));
     } else {
-      auto low = __builtin_convertvector(rounded(rows[0], n, scale[0], scaled), Vec<Element>);
+      auto low = convert(rounded(rows[0], n, scale[0], scaled), Vec<Element>{});
       if (!rows[1]) return low;
-      auto high = __builtin_convertvector(rounded(rows[1], n, scale[1], scaled), Vec<Element>);
+      auto high = convert(rounded(rows[1], n, scale[1], scaled), Vec<Element>{});
       return low | high << 16;
     }
   }

@@ -11,9 +11,9 @@ namespace moe::MOE_ISA {
 // no other expert: what it is divided by cancels. eps is compared with a sum of at least 1 / E.
 template <class C>
 RouteOptions without_others(RouteOptions options, int64_t experts) {
-  constexpr double kNothing = sizeof(C) == 4 ? 0x1p-40 : 0x1p-60;
+  constexpr double kNegligible = sizeof(C) == 4 ? 0x1p-40 : 0x1p-60;
   if (options.score != Score::softmax || options.renormalize == Renormalize::none) return options;
-  if (__builtin_fabs(options.eps) * double(experts) > kNothing) return options;
+  if (__builtin_fabs(options.eps) * double(experts) > kNegligible) return options;
   options.score = Score::softmax_selected;
   if (options.renormalize != Renormalize::pnorm) options.renormalize = Renormalize::none;  // the sum is 1
   return options;
@@ -128,7 +128,9 @@ class Router {
     set_keys([=](int64_t i) {
       Vec<C> c = load<C>(from + i);
       if (sum != 1) c = c / sum;
-      return bias ? c + load<C>(bias + i, experts - i) : c;
+      if (bias) c = c + load<C>(bias + i, experts - i);
+      // The score of padding's -inf may be 0, which would bound the list above negative choices.
+      return lane_numbers<Bits<C>>() < Bits<C>(experts - i) ? c : broadcast(kMinusInf<C>);
     });
     if (p_.num_groups > 1) {
       Bits<C>* keys = ranking_.keys();
@@ -185,7 +187,7 @@ void route_tokens(const RouteParams& p, int64_t begin, int64_t end, int32_t* par
   for (int64_t i = 0; i < together; ++i) routers[i].emplace(p, partial_counts, partial_prob);
 
   for (; begin < end; begin += together) {
-    const int64_t count = end - begin < together ? end - begin : together;
+    const int64_t count = min(end - begin, together);
     auto each = [&](auto step) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) step(*routers[i], i);
     };
