@@ -34,6 +34,22 @@ def training_pass(forward: Callable[[int], Tensor], sets: Sequence[Operands], gr
     return run
 
 
+def gradient_pass(
+    forward: Callable[[int], Tensor], sets: Sequence[Operands], operand: int, grad: Tensor
+) -> Callable[[int], Tensor]:
+    """The gradient of one operand alone, without the forward, whose graph is recorded once per set."""
+    results: dict[int, Tensor] = {}
+
+    def run(i: int) -> Tensor:
+        if i not in results:
+            for at, tensor in enumerate(sets[i]):
+                tensor.requires_grad_(at == operand)
+            results[i] = forward(i)
+        return torch.autograd.grad(results[i], sets[i][operand], grad, retain_graph=True)[0]
+
+    return run
+
+
 def require_gradients(sets: Sequence[Operands], wanted: bool) -> None:
     for operands in sets:
         for operand in operands:

@@ -19,7 +19,7 @@ import shapes
 from display import print_table, processor, progress, table_line
 from roofline import Roofs, Work
 from shapes import Shape
-from timing import Timing, interleave, last_level_cache, summarize
+from timing import Timing, interleave, keep_freed_memory, last_level_cache, summarize
 
 OURS = "moe_ops"
 
@@ -78,6 +78,9 @@ def parse_args(verb: str, argv: Sequence[str] | None = None) -> argparse.Namespa
         "--dtype", action="append", choices=("float32", "bfloat16", "float16", "float64"), help="may be repeated"
     )
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="reuse freed memory, so that no page faults are timed (glibc)"
+    )
     parser.add_argument("--seconds", type=float, help="time for each table (default: 3 with --quick, otherwise 15)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of objects")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times and roofs (needs matplotlib)")
@@ -109,12 +112,14 @@ class Report:
         self.results: list[tuple[Row, Work]] = []
         self.tables_left = len(args.shape) * len(args.dtype) * tables_per_case
         self.ends_at = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
+        kept = args.keep_memory and keep_freed_memory()
         if args.threads:
             torch.set_num_threads(args.threads)
         self.roofs = Roofs.measure(last_level_cache())
         version = getattr(moe_ops, "__version__", "unknown")
         print(f"moe_ops {version}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
-        print(f"{processor()}, {torch.get_num_threads()} threads, {_C.instruction_set()}")
+        note = ", freed memory is kept" if kept else ""
+        print(f"{processor()}, {torch.get_num_threads()} threads, {_C.instruction_set()}{note}")
         print(self.roofs.describe())
 
     def cases(self) -> Iterator[tuple[Shape, torch.dtype]]:

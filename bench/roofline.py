@@ -118,10 +118,14 @@ def grouped_gemm(s: Shape, size: int, n: int, k: int, active: int) -> Work:
     return Work(2.0 * s.rows * n * k, (s.rows * k + active * n * k) * size, s.rows * n * size)
 
 
-def grouped_gemm_backward(s: Shape, size: int, n: int, k: int, active: int) -> Work:
-    """Both gradients: the rows' [R, k] and every expert's [n, k]."""
-    read = s.rows * (n + k) + active * n * k
-    return Work(4.0 * s.rows * n * k, read * size, (s.rows * k + s.experts * n * k) * size)
+def grouped_gemm_input_grad(s: Shape, size: int, n: int, k: int, active: int) -> Work:
+    """The gradient of the rows [R, k]: the same product with n and k exchanged."""
+    return grouped_gemm(s, size, k, n, active)
+
+
+def grouped_gemm_weight_grad(s: Shape, size: int, n: int, k: int) -> Work:
+    """The gradients [n, k] of every expert's weights, zeros included."""
+    return Work(2.0 * s.rows * n * k, s.rows * (n + k) * size, s.experts * n * k * size)
 
 
 def pre_width(s: Shape) -> int:

@@ -37,6 +37,7 @@ STANDING = {
         Shape("mixtral-slice", 512, 1024, 3584, 8, 2),
         Shape("mixtral-decode", 16, 1024, 3584, 8, 2),
         Shape("qwen3-slice", 512, 2048, 768, 32, 8),
+        Shape("qwen3-512", 512, 2048, 768, 128, 8),
         Shape("deepseek-slice", 512, 1792, 512, 64, 8),
         Shape("switch-base-8", 1024, 768, 3072, 8, 1, "relu", False),
         Shape("odd", 333, 1000, 1407, 7, 5),
@@ -57,8 +58,8 @@ DEFAULT = {
     "plan": ("mixtral-8x7b", "qwen3-30b", "qwen3-next", "qwen3-30b-decode"),
     "permute": ("mixtral-8x7b", "qwen3-30b", "odd"),
     "combine": ("mixtral-8x7b", "qwen3-30b", "odd"),
-    "grouped_gemm": ("mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "odd"),
-    "moe": ("one-token", "mixtral-slice", "mixtral-decode", "qwen3-slice", "deepseek-slice", "switch-base-8", "odd"),
+    "grouped_gemm": ("mixtral-slice", "mixtral-decode", "qwen3-512", "qwen3-30b-decode", "deepseek-slice", "odd"),
+    "moe": ("one-token", "mixtral-slice", "mixtral-decode", "qwen3-512", "deepseek-slice", "switch-base-8", "odd"),
 }
 QUICK = {
     "route": ("qwen3-30b",),

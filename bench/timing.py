@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import statistics
@@ -40,6 +41,19 @@ def last_level_cache() -> int:
 def sets_to_stay_cold(bytes_per_set: int, times: float = 4, most: int = 512) -> int:
     """How many sets of operands, used in turn, exceed the last cache `times` over: each as cold as in a real model."""
     return max(1, min(most, -(-int(times * last_level_cache()) // max(1, bytes_per_set))))
+
+
+def keep_freed_memory() -> bool:
+    """Asks the C library to keep what is freed for the next allocation, as a caching allocator does; False where it
+    cannot. Otherwise every large result is fresh memory, and the page faults of its first use, the same for all
+    variants, outweigh a stage that is bound by memory.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def interleave(

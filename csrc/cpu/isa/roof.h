@@ -51,25 +51,30 @@ inline double roof_arithmetic(Dtype dtype, int64_t rounds, double* sink) {
   }
 }
 
-// Two streams side by side, their lines asked for a while before they are read: no other pattern was measured to move
-// more, with one thread or with several.
-inline constexpr int kStreams = 2;
-inline constexpr int64_t kAhead = 512;
+inline constexpr int64_t kAhead = 512;  // values of a stream between a line asked for and the one that is read
 
-inline void roof_read(const float* from, int64_t bytes, double* sink) {
-  const int64_t length = bytes / int64_t(kStreams * sizeof(Vec<float>)) * kLanes<float>;  // of one stream
-  Vec<float> sum[kStreams]{};
+template <int streams>
+void read_streams(const float* from, int64_t bytes, double* sink) {
+  const int64_t length = bytes / int64_t(streams * sizeof(Vec<float>)) * kLanes<float>;  // of one stream
+  Vec<float> sum[streams]{};
   for (int64_t i = 0; i < length; i += kLanes<float>)
-    for (int s = 0; s < kStreams; ++s) {
+#pragma GCC unroll 8
+    for (int s = 0; s < streams; ++s) {
       __builtin_prefetch(from + s * length + i + kAhead);
       sum[s] += load<float>(from + s * length + i);
     }
   for (auto& part : sum) sink[2] += sum_lanes<float>(part);
 }
 
+// Reads 2 or 8 streams side by side: which of them moves more depends on how busy the memory is.
+inline void roof_read(const float* from, int64_t bytes, int streams, double* sink) {
+  if (streams == 2) read_streams<2>(from, bytes, sink);
+  else read_streams<8>(from, bytes, sink);
+}
+
 // Stores go past the caches, so that nothing is read but the source. `to` is aligned to 64 bytes.
 inline void roof_copy(float* to, const float* from, int64_t bytes) {
-  constexpr int kStep = kLine / int(sizeof(float));  // a whole line of one stream before the next
+  constexpr int kStreams = 2, kStep = kLine / int(sizeof(float));  // a whole line of one stream before the next
   const int64_t length = bytes / int64_t(kStreams * kLine) * kStep;
   for (int64_t i = 0; i < length; i += kStep)
     for (int64_t at = i; at < kStreams * length; at += length) {

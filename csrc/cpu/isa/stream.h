@@ -11,7 +11,7 @@ namespace moe::MOE_ISA {
 
 inline constexpr int kLine = 64;  // bytes of a cache line
 // Outputs of so much are streamed, operands of so much fetched ahead.
-inline constexpr int64_t kStreamedBytes = int64_t(32) << 20;
+inline constexpr int64_t kStreamedBytes = int64_t(8) << 20;
 
 // Whether rows that lie contiguous from `to` on are stored past the cache. Only whole lines are: a part of one would be
 // read first.

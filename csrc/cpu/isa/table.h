@@ -37,7 +37,7 @@ struct Kernels {
                                  int64_t col_begin, int64_t col_end);
 
   double (*roof_arithmetic)(Dtype dtype, int64_t rounds, double* sink);
-  void (*roof_read)(const float* from, int64_t bytes, double* sink);
+  void (*roof_read)(const float* from, int64_t bytes, int streams, double* sink);
   void (*roof_copy)(float* to, const float* from, int64_t bytes);
 };
 
