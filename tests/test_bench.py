@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -190,7 +191,8 @@ def test_each_verb(verb, dtype, monkeypatch, tmp_path, capsys):
     arguments = ["--shape", TINY, "--dtype", dtype, "--seconds", "0.01", "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", [f"bench_{verb}.py", *arguments])
     importlib.import_module(f"bench_{verb}").main()
-    passes = ("",) if verb == "plan" else (" forward", " forward+backward")
+    tables = {"plan": ("",), "grouped_gemm": (" forward", " input gradient", " weight gradient")}
+    passes = tables.get(verb, (" forward", " forward+backward"))
     check_rows(tmp_path / "rows.json", [verb + each for each in passes])
     assert capsys.readouterr().out.count("checked: max error") == len(passes)
 
@@ -198,6 +200,7 @@ def test_each_verb(verb, dtype, monkeypatch, tmp_path, capsys):
 def test_the_layer_as_a_command(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(BENCH / "bench_moe.py"), "--dtype", "float32", "--seconds", "0.1", "--shape", TINY]
+    command += ["--keep-memory"] if platform.libc_ver()[0] == "glibc" else []
     files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path != str(BENCH))}
     run = subprocess.run([*command, *files], env=environment, capture_output=True, text=True, timeout=300)
@@ -206,4 +209,5 @@ def test_the_layer_as_a_command(tmp_path):
     variants = {row["variant"] for row in rows}
     assert {"moe_ops", "loop over experts", "dense, same FLOPs"} <= variants
     assert run.stdout.count("checked: max error") == 2
+    assert ("freed memory is kept" in run.stdout) == ("--keep-memory" in command)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
