@@ -134,7 +134,7 @@ def test_choices_below_zero(score, experts, barred, device, instruction_set):
         bias[1:] = -INF  # equal choices: the lowest ids
     tensors = {"logits": randn(20, experts), "selection_bias": bias, "expert_scale": randn(experts, seed=1)}
     for top_k in {1, 2, experts - 1}:
-        out = compare(route(top_k, score=score, stats=True), tensors, device, ("logits",))
+        out = compare(route(top_k, score=score, stats=True), tensors, device, ("logits", "expert_scale"))
         assert out["experts"].min() >= 0 and out["experts"].max() < experts
         assert not barred or (out["experts"] == torch.arange(top_k)).all()
 

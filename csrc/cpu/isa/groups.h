@@ -67,14 +67,30 @@ class Groups {
     for (int64_t g = 0; g < padded_; ++g) best_.keys()[g] = kNothing<C>;
   }
 
-  // keys [E]: those of the groups not kept become the key of -inf or of 0.
-  void mask(Key* keys) {
+  // In steps, as the choice of experts: rank, choose, mask. keys [E] are those of the experts.
+  void rank(const Key* keys) {
     for (int64_t g = 0; g < p_.num_groups; g += kBatch) {
       const auto ours = lane_numbers<Key>() < Key(p_.num_groups - g);
       const Vec<Key> batch = ours ? group_keys(keys, g) : broadcast(kNothing<C>);
       std::memcpy(best_.keys() + g, &batch, kBatch * sizeof(Key));
     }
-    choose();
+  }
+
+  // kept_ = -1 for the best groups, 0 for others.
+  void choose() {
+    if (padded_ <= kShortlist) {
+      if (padded_ == kRowKeys) find_places<kRowKeys>(best_.keys(), &kept_[0]);
+      else find_places<kShortlist>(best_.keys(), &kept_[0]);
+      for (int64_t g = 0; g < padded_; g += kLanes<C>) store<Key>(kept_ + g, load<Key>(kept_ + g) < Key(p_.top_groups));
+      return;
+    }
+    for (int64_t g = 0; g < padded_; ++g) kept_[g] = 0;
+    best_.build();
+    for (int64_t i = 0; i < p_.top_groups; ++i) kept_[best_.take()] = -1;
+  }
+
+  // The keys of the groups not kept become the key of -inf or of 0.
+  void mask(Key* keys) const {
     const Vec<Key> masked = key_of<C>(broadcast(p_.group_mask == GroupMask::zero ? C(0) : kMinusInf<C>));
     for (int64_t g = 0; g < p_.num_groups; ++g)
       for (int64_t i = 0; i < size_; i += kLanes<C>) {
@@ -102,19 +118,6 @@ class Groups {
     const TopTwo<Key> best = fold_rest<kBatch>(fold_rows<kBatch>(rows));
     if (p_.group_score == GroupScore::max || size_ == 1) return best.first;
     return key_of<C>(values_of<C>(best.first) + values_of<C>(best.second));
-  }
-
-  // kept_ = -1 for the best groups, 0 for others.
-  void choose() {
-    if (padded_ <= kShortlist) {
-      if (padded_ == kRowKeys) find_places<kRowKeys>(best_.keys(), &kept_[0]);
-      else find_places<kShortlist>(best_.keys(), &kept_[0]);
-      for (int64_t g = 0; g < padded_; g += kLanes<C>) store<Key>(kept_ + g, load<Key>(kept_ + g) < Key(p_.top_groups));
-      return;
-    }
-    for (int64_t g = 0; g < padded_; ++g) kept_[g] = 0;
-    best_.build();
-    for (int64_t i = 0; i < p_.top_groups; ++i) kept_[best_.take()] = -1;
   }
 
   const RouteParams& p_;

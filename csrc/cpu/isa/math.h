@@ -1,6 +1,7 @@
 // Elementary functions on vectors: exp, log1p, softplus, sigmoid, tanh, erf.
 // float: range reduction and a minimax polynomial, within about 2 units in the last place (erf's result near 1:
-// absolute); no branches, so lanes with NaN or infinities cost nothing. double: the C library, lane by lane.
+// absolute); no branches, so lanes with NaN or infinities cost nothing. double: exp likewise, the others by the C
+// library, lane by lane.
 #pragma once
 
 #include <limits>
@@ -33,14 +34,18 @@ MOE_INLINE Vec<double> each_lane(Vec<double> x, double (*f)(double)) {
   return x;
 }
 
-// x * 2^n for whole n, rounded once; -252 <= n <= 254.
-MOE_INLINE Vec<float> times_power_of_two(Vec<float> x, Vec<float> n) {
+// x * 2^n for whole n, rounded once; |n| at most twice the largest exponent of a C.
+template <class C>
+MOE_INLINE Vec<C> times_power_of_two(Vec<C> x, Vec<C> n) {
 #ifdef __AVX512F__
-  return bit_cast<Vec<float>>(_mm512_maskz_scalef_ps(-1, bit_cast<__m512>(x), bit_cast<__m512>(n)));
+  if constexpr (sizeof(C) == 4)
+    return bit_cast<Vec<C>>(_mm512_maskz_scalef_ps(-1, bit_cast<__m512>(x), bit_cast<__m512>(n)));
+  else return bit_cast<Vec<C>>(_mm512_maskz_scalef_pd(-1, bit_cast<__m512d>(x), bit_cast<__m512d>(n)));
 #else
   // In two steps, so that both factors and the first product are normal numbers.
-  const Vec<int32_t> exponent = __builtin_convertvector(n, Vec<int32_t>), half = exponent >> 1;
-  return x * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((exponent - half + 127) << 23);
+  constexpr int kMantissa = sizeof(C) == 4 ? 23 : 52, kBias = sizeof(C) == 4 ? 127 : 1023;
+  const Vec<Bits<C>> exponent = __builtin_convertvector(n, Vec<Bits<C>>), half = exponent >> 1;
+  return x * bit_cast<Vec<C>>((half + kBias) << kMantissa) * bit_cast<Vec<C>>((exponent - half + kBias) << kMantissa);
 #endif
 }
 
@@ -52,23 +57,26 @@ MOE_INLINE Vec<C> square_root(Vec<C> x) {
 
 template <class C>
 MOE_INLINE Vec<C> exp(Vec<C> x) {
-  if constexpr (std::is_same_v<C, double>) {
-    return each_lane(x, [](double v) { return __builtin_exp(v); });
-  } else {
-    constexpr float kToNearest = 0x1.8p23f;  // adding it rounds to an integer
-    // Outside of these the result is 0 or inf; NaN passes through both.
-    const Vec<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
-    x = lowest > x ? lowest : x;
-    x = highest < x ? highest : x;
-    Vec<float> shifted = x * 0x1.715476p0f + kToNearest;
-    Vec<float> n = shifted - kToNearest;
-    Vec<float> r = x - n * 0x1.63p-1f;  // ln 2 in two pieces, the first short enough for an exact product
-    r = r + n * 0x1.bd0106p-13f;
-    Vec<float> p =
-        polynomial<float>(r, 4.999999404e-01f, 1.666651964e-01f, 4.166840762e-02f, 8.368921466e-03f, 1.381417038e-03f);
-    p = p * (r * r) + r + 1.0f;
-    return times_power_of_two(p, n);
-  }
+  constexpr bool single = sizeof(C) == 4;
+  constexpr C kToNearest = single ? C(0x1.8p23) : C(0x1.8p52);  // adding it rounds to an integer
+  constexpr C kHigh = single ? C(0x1.63p-1) : C(0x1.62e42feep-1);
+  constexpr C kLow = single ? C(-0x1.bd0106p-13) : C(0x1.a39ef35793c76p-33);
+  // Outside of these the result is 0 or inf; NaN passes through both.
+  const Vec<C> lowest = broadcast(single ? C(-104) : C(-746)), highest = broadcast(single ? C(89) : C(710));
+  x = lowest > x ? lowest : x;
+  x = highest < x ? highest : x;
+  Vec<C> shifted = x * C(0x1.71547652b82fep0) + kToNearest;
+  Vec<C> n = shifted - kToNearest;
+  Vec<C> r = x - n * kHigh;  // ln 2 in two pieces, the first short enough for an exact product
+  r = r - n * kLow;
+  Vec<C> p;
+  if constexpr (single)
+    p = polynomial<C>(r, 4.999999404e-01f, 1.666651964e-01f, 4.166840762e-02f, 8.368921466e-03f, 1.381417038e-03f);
+  else
+    p = polynomial<C>(r, 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800,
+                      1. / 39916800, 1. / 479001600, 1. / 6227020800);
+  p = p * (r * r) + r + C(1);
+  return times_power_of_two<C>(p, n);
 }
 
 template <class C>

@@ -57,6 +57,15 @@ class Router {
     if (choice_is_on_scores_) set_choice_keys();
   }
 
+  // The limit to the best groups.
+  void rank_groups() { groups_.rank(ranking_.keys()); }
+  void choose_groups() { groups_.choose(); }
+  void mask_groups() {
+    Bits<C>* keys = ranking_.keys();
+    groups_.mask(keys);
+    shortlist_.fold(padded_, [=](int64_t i) { return load<Bits<C>>(keys + i); });
+  }
+
   // The choice by shortlist ...
   void bound() { shortlist_.bound(p_.top_k); }
   void list() { shortlist_.list(ranking_.keys(), padded_); }
@@ -132,11 +141,6 @@ class Router {
       // The score of padding's -inf may be 0, which would bound the list above negative choices.
       return lane_numbers<Bits<C>>() < Bits<C>(experts - i) ? c : broadcast(kMinusInf<C>);
     });
-    if (p_.num_groups > 1) {
-      Bits<C>* keys = ranking_.keys();
-      groups_.mask(keys);
-      shortlist_.fold(padded_, [=](int64_t i) { return load<Bits<C>>(keys + i); });
-    }
   }
 
   void add_statistics() {
@@ -193,6 +197,11 @@ void route_tokens(const RouteParams& p, int64_t begin, int64_t end, int32_t* par
     };
     bool listed = p.top_k <= kMostOfShortlist;
     each([&](Router<C>& router, int64_t i) { router.score(begin + i); });
+    if (p.num_groups > 1) {
+      each([](Router<C>& router, int64_t) { router.rank_groups(); });
+      each([](Router<C>& router, int64_t) { router.choose_groups(); });
+      each([](Router<C>& router, int64_t) { router.mask_groups(); });
+    }
     if (listed && p.top_k > 0) {
       each([](Router<C>& router, int64_t) { router.bound(); });
       each([](Router<C>& router, int64_t) { router.list(); });

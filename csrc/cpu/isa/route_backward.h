@@ -20,7 +20,7 @@ class RouterBackward {
         tokens_of_segment_(tokens_of_segment),
         grad_expert_scale_(grad_expert_scale),
         padded_(Ranking<C>::padded(p.experts)),
-        padded_k_(round_to_lanes<C>(p.top_k)),
+        padded_k_(Ranking<double>::padded(p.top_k)),
         z_(padded_),
         slope_(padded_),
         e_(padded_),
@@ -35,6 +35,7 @@ class RouterBackward {
 
   void token(int64_t t) {
     load_row<C>(p_.logits, t, p_.experts, z_);
+    if (p_.grad_weights) gather_chosen(t);
     if (p_.options.softcap != 0) apply_softcap<C>(z_, p_.experts, C(p_.options.softcap), slope_);
     fill(grad_z_, C(0));
 
@@ -47,7 +48,7 @@ class RouterBackward {
       if (grad_prob && !is_elementwise(score)) load_grad_prob(grad_prob);
       else fill(g_, C(0));
     }
-    if (p_.grad_weights) add_weights(t);
+    if (p_.grad_weights) add_weights();
     if (through_softmax) add_softmax(grad_logsumexp);
     if (grad_prob && is_elementwise(score)) {
       load_grad_prob(grad_prob);
@@ -73,24 +74,25 @@ class RouterBackward {
     for (int64_t i = 0; i < padded_; i += kLanes<C>) store<C>(g_ + i, load<C>(grad_prob + i, p_.experts - i) * share_);
   }
 
-  // Slots whose expert is out of range are skipped, here and in every sum below.
-  int64_t gather_chosen(int64_t t) {
-    int64_t count = 0;
+  // Slots whose expert is out of range are skipped, here and in every sum below. The chosen are float64 from the logit
+  // on: a term of an expert scale's gradient would bring in all the roundings of a score.
+  void gather_chosen(int64_t t) {
+    count_ = 0;
     for (int64_t k = 0; k < p_.top_k; ++k) {
       const int64_t id = p_.chosen[t * p_.top_k + k];
       if (id < 0 || id >= p_.experts) continue;
-      ids_[count] = int32_t(id);
-      slots_[count] = t * p_.top_k + k;
-      z_k_[count++] = z_[id];
+      ids_[count_] = int32_t(id);
+      slots_[count_] = t * p_.top_k + k;
+      z_k_[count_++] = z_[id];
     }
-    for (int64_t k = count; k < padded_k_; ++k) z_k_[k] = kMinusInf<C>;
-    return count;
+    for (int64_t k = count_; k < padded_k_; ++k) z_k_[k] = kMinusInf<double>;
+    if (p_.options.softcap != 0) apply_softcap<double>(z_k_, count_, p_.options.softcap);
   }
 
-  void add_weights(int64_t t) {
+  void add_weights() {
     const Score score = p_.options.score;
-    const int64_t count = gather_chosen(t);
-    chosen_scores<C>(score, z_k_, count, softmax_, work_k_, s_k_);
+    const int64_t count = count_;
+    chosen_scores<double>(score, z_k_, count, {softmax_.max, softmax_.sum}, work_k_, s_k_);
     through_renormalisation(count);
 
     if (score == Score::softmax) {
@@ -100,8 +102,9 @@ class RouterBackward {
       for (int64_t k = 0; k < count; ++k) dot += grad_k_[k] * s_k_[k];
       for (int64_t k = 0; k < count; ++k) grad_z_[ids_[k]] += C(s_k_[k] * (grad_k_[k] - dot));
     } else {
-      for (int64_t i = 0; i < count; i += kLanes<C>) store<C>(work_k_ + i, score_slope<C>(score, load<C>(z_k_ + i)));
-      for (int64_t k = 0; k < count; ++k) grad_z_[ids_[k]] += C(grad_k_[k] * double(work_k_[k]));
+      for (int64_t i = 0; i < count; i += kLanes<double>)
+        store<double>(work_k_ + i, score_slope<double>(score, load<double>(z_k_ + i)));
+      for (int64_t k = 0; k < count; ++k) grad_z_[ids_[k]] += C(grad_k_[k] * work_k_[k]);
     }
   }
 
@@ -170,9 +173,9 @@ class RouterBackward {
   Buffer<C> g_, grad_z_;     // [E] gradient of the probabilities, of z
   Buffer<int32_t> ids_;      // [K] the chosen experts in range
   Buffer<int64_t> slots_;    // [K] their slots
-  Buffer<C> z_k_, work_k_;   // [K] their logits
-  Buffer<double> s_k_;       // [K] their scores
-  Buffer<double> grad_k_;    // [K] the gradients of their scores
+  int64_t count_ = 0;
+  Buffer<double> z_k_, work_k_;  // [K] their logits
+  Buffer<double> s_k_, grad_k_;  // [K] their scores, the gradients of these
   Exponentials<C> softmax_{};
   C share_ = 0;
 };
