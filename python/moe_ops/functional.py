@@ -104,10 +104,10 @@ def moe_mlp(
     checks.no_tangents("moe_mlp", x, weights, w_in, w_out, b_in, b_out)
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
     checks.flag("moe_mlp", "gated", gated)
-    (w_in, panels_in), (w_out, panels_out) = operand(w_in), operand(w_out)
-    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
-    packing.check("moe_mlp", "w_in", w_in, panels_in, "x", x)
-    packing.check("moe_mlp", "w_out", w_out, panels_out, "x", x)
+    (weight_in, panels_in), (weight_out, panels_out) = operand(w_in), operand(w_out)
+    checks.moe_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out)
+    packing.check("moe_mlp", "w_in", weight_in, panels_in, "x", x)
+    packing.check("moe_mlp", "w_out", weight_out, panels_out, "x", x)
     act = checks.option("moe_mlp", "activation", activation, checks.ACTIVATIONS)
     interleaved = bool(checks.option("moe_mlp", "layout", layout, checks.LAYOUTS))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -117,24 +117,24 @@ def moe_mlp(
     weight_on_input = bool(checks.option("moe_mlp", "weight_on", weight_on, checks.WEIGHT_ON))
     policy = checks.option("moe_mlp", "drop_policy", drop_policy, checks.DROP_POLICIES)
     if plan is None:
-        checks.mlp_experts(x, weights, w_in, experts, capacity)
+        checks.mlp_experts(x, weights, weight_in, experts, capacity)
         if not torch.compiler.is_compiling():
             checks.slots("moe_mlp", "experts", weights.numel())
         ranks = weights if policy == checks.DROP_POLICIES["probability"] else None
-        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, ranks)
+        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, weight_in.shape[0], capacity, policy, ranks)
     else:
         checks.is_plan("moe_mlp", "plan", plan)
         if capacity is not None:
             raise ValueError(f"moe_mlp: capacity must be None where a plan is given, got {capacity}")
         offsets, row_slot, slot_row, _ = plan
-        checks.mlp_plan(weights, w_in, offsets, row_slot, slot_row)
-    operands = (x, weights, w_in, w_out, b_in, b_out)
+        checks.mlp_plan(weights, weight_in, offsets, row_slot, slot_row)
+    operands = (x, weights, weight_in, weight_out, b_in, b_out)
     packing.no_gradient("moe_mlp", "w_in", panels_in, *operands)
     packing.no_gradient("moe_mlp", "w_out", panels_out, *operands)
     keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     y: Tensor
     y, _ = call(
-        torch.ops.moe_ops.moe_mlp, x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated,
-        interleaved, alpha, bound, up_offset, weight_on_input, keep_pre, panels_in, panels_out,
+        torch.ops.moe_ops.moe_mlp, x, weights, weight_in, weight_out, b_in, b_out, offsets, row_slot, slot_row, act,
+        gated, interleaved, alpha, bound, up_offset, weight_on_input, keep_pre, panels_in, panels_out,
     )  # fmt: skip
     return y

@@ -237,14 +237,14 @@ def grouped_gemm(
     else:
         checks.is_plan("grouped_gemm", "gather", gather)
         row_slot, slot_row = gather.row_slot, gather.slot_row
-    w, panels = operand(w)
-    checks.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
-    packing.check("grouped_gemm", "w", w, panels, "a", a)
+    weight, panels = operand(w)
+    checks.grouped_gemm(a, weight, offsets, bias, row_slot, slot_row)
+    packing.check("grouped_gemm", "w", weight, panels, "a", a)
     packing.no_gradient("grouped_gemm", "w", panels, a, bias)
     if main_grad is not None:
-        checks.main_grad("grouped_gemm", main_grad, w)
-        w.main_grad = main_grad  # type: ignore[attr-defined]  # a copy in the autocast dtype has lost it
-    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, w, offsets, bias, row_slot, slot_row, panels)
+        checks.main_grad("grouped_gemm", main_grad, weight)
+        weight.main_grad = main_grad  # a copy in the autocast dtype has lost it
+    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, weight, offsets, bias, row_slot, slot_row, panels)
     return out
 
 

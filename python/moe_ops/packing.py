@@ -9,7 +9,7 @@ from moe_ops import checks
 from moe_ops.types import PackedWeight
 
 
-def prepack(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedWeight:
+def prepack(weight: Tensor, *, dtype: Any = None) -> PackedWeight:
     """Packs an expert weight for many calls of grouped_gemm or moe_mlp without gradients.
 
     Results are bitwise those of the weight as it is, in every use: w of grouped_gemm, w_in (plain, concatenated or
@@ -17,7 +17,7 @@ def prepack(weight: Tensor, *, dtype: torch.dtype | None = None) -> PackedWeight
 
     Args:
         weight: [E, N, K], any float dtype and strides, on the CPU.
-        dtype: rounds to this dtype first: that of the rows the weight will multiply. None: the weight's own.
+        dtype: rounds to this torch.dtype first: that of the rows the weight will multiply. None: the weight's own.
 
     Returns:
         PackedWeight, of weight's size with N rounded up to 32 (float64: 16), and K to 2 in bfloat16 and float16.

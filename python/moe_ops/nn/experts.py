@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,8 +30,8 @@ class Experts(torch.nn.Module):
     biases start at zero.
     """
 
-    w_in: Tensor | PackedWeight
-    w_out: Tensor | PackedWeight
+    w_in: Any  # a parameter, or a PackedWeight
+    w_out: Any
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class Experts(torch.nn.Module):
         Returns:
             y [tokens, hidden] in x's dtype.
         """
+        moe_mlp: Callable[..., Tensor]
         if self.impl == "moe_ops":
             moe_mlp = functional.moe_mlp
         else:
