@@ -17,7 +17,7 @@ import moe_ops
 import peers
 import roofline
 from passes import time_both_passes
-from report import OURS, Report, parse_args
+from report import OURS, PREPACKED, Report, parse_args
 from shapes import Shape
 from timing import sets_to_stay_cold
 
@@ -45,6 +45,7 @@ def bench_grouped_gemm(report: Report, s: Shape, dtype: torch.dtype) -> None:
     sets = [
         (torch.randn(s.rows, k, dtype=dtype), torch.randn(s.experts, n, k, dtype=dtype) / k**0.5) for _ in range(count)
     ]
+    packed = [moe_ops.prepack(w) for _, w in sets]
     time_both_passes(
         report,
         "grouped_gemm",
@@ -57,6 +58,7 @@ def bench_grouped_gemm(report: Report, s: Shape, dtype: torch.dtype) -> None:
         work=roofline.grouped_gemm(s, dtype.itemsize, n, k, active),
         backward_work=roofline.grouped_gemm_backward(s, dtype.itemsize, n, k, active),
         missing=missing,
+        inference={PREPACKED: lambda i: moe_ops.grouped_gemm(sets[i][0], packed[i], offsets)},
     )
 
 

@@ -68,22 +68,28 @@ def time_both_passes(
     work: Work,
     backward_work: Work,
     missing: dict[str, str] | None = None,
+    inference: dict[str, Callable[[int], Tensor]] | None = None,
 ) -> None:
-    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64."""
+    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64.
+
+    inference: variants of the forward alone, told which set to take.
+    """
     for train in (False, True):
         require_gradients(sets, train)
         expected = exact_results(exact, sets[0], grad, train)
         table = []
+
+        def check(results: Results, expected: Results = expected) -> float:
+            return relative_error(results, expected)
+
         for variant, function in variants.items():
 
             def forward(i: int, function: Callable[..., Tensor] = function) -> Tensor:
                 return function(*sets[i])
 
             run = training_pass(forward, sets, grad) if train else forward_pass(forward)
-
-            def check(results: Results, expected: Results = expected) -> float:
-                return relative_error(results, expected)
-
             table.append(Variant(variant, run, check, work + backward_work if train else work))
+        if inference and not train:
+            table += [Variant(variant, forward_pass(run), check, work) for variant, run in inference.items()]
         title = f"{name} forward+backward" if train else f"{name} forward"
         report.table(title, shape, dtype, table, sets=len(sets), missing=missing)

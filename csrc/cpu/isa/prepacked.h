@@ -85,18 +85,19 @@ void part_gates_from_ups(bool interleaved, int64_t before, int64_t rows, int64_t
 }
 
 // As many blocks of A along the reduction are packed at a time as a tile's block has room for: fewer rows read longer
-// runs of a panel, at best all of it.
+// runs of a panel, at best all of it. Then all panels of the tile are one run of memory, and what is asked for ahead is
+// simply what lies one block further.
 template <class Ar, class X>
 void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w, Blocks<Ar>& blocks) {
   const auto panels = panels_of<Ar>(w);
   const int64_t block_rows = ceil_div(a.count, kMicroRows) * kMicroRows,
                 block_size = block_rows * RowsOfA<Ar>::kRowStride;
   const int64_t packed_depth = kTileRows / block_rows * kBlockDepth<Ar>;
-  // The block at k of a panel, its bytes cut in as many runs as the micro-kernel takes lines at a time.
-  const auto ahead = [&](int64_t panel, int64_t k, int64_t steps) -> Ahead {
-    const int64_t bytes = min(w.depth - k, kBlockDepth<Ar>) * kPanel<Ar> * int64_t(sizeof(X));
-    const int64_t run = ceil_div(steps, kLineSteps) * 64;
-    return {reinterpret_cast<const char*>(panels.panels[panel].data + k * kPanel<Ar>), run, ceil_div(bytes, run), run};
+  const bool whole = packed_depth >= w.depth;
+  // Bytes cut in as many runs as the micro-kernel takes lines at a time in `steps`.
+  const auto ahead = [](const X* from, int64_t depth, int64_t steps) -> Ahead {
+    const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kLineSteps) * 64;
+    return {reinterpret_cast<const char*>(from), run, ceil_div(bytes, run), run};
   };
   for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed_depth) {
     const int64_t end = min(begin + packed_depth, w.depth);
@@ -109,10 +110,11 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
       block = blocks.a;
       for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {
         const int64_t depth = min(end - k, kBlockDepth<Ar>), steps = ceil_div(depth, Ar::kDepth);
-        const bool last = k + depth >= end;
         Ahead next{};
-        if (!last) next = ahead(i, k + depth, steps);
-        else if (i + 1 < panels.count && steps) next = ahead(i + 1, begin, steps);
+        if (whole && depth) next = ahead(panel.data + (k + kBlockDepth<Ar>)*kPanel<Ar>, depth, steps);
+        else if (k + depth < end) next = ahead(panel.data + (k + depth) * kPanel<Ar>, depth, steps);
+        else if (i + 1 < panels.count && depth)
+          next = ahead(panels.panels[i + 1].data + begin * kPanel<Ar>, depth, steps);
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b), a.count,
                                         panel.cols, steps, blocks.tile + panel.tile_col, k == 0, next);
       }
