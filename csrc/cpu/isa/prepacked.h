@@ -19,11 +19,17 @@ struct PackedPanels {
   int64_t count = 0;
 };
 
-// The panels that hold `cols` weight rows from `begin` on, which is the first of a panel; depth: along the reduction.
+// Values along the reduction, those that fill up the last step among them.
+template <class X>
+int64_t depth_of_panel(const TileWeights<X>& w) {
+  constexpr int64_t values = sizeof(X) == 2 ? 2 : 1;
+  return ceil_div(w.depth, values) * values;
+}
+
+// The panels that hold `cols` weight rows from `begin` on, which is the first of a panel.
 template <class Ar, class X>
 void add_panels(const TileWeights<X>& w, int64_t begin, int64_t cols, int64_t tile_col, PackedPanels<X>& to) {
-  constexpr int64_t values = sizeof(X) == 2 ? 2 : 1;
-  const int64_t depth = ceil_div(w.depth, values) * values;
+  const int64_t depth = depth_of_panel(w);
   for (int64_t col = 0; col < cols; col += kPanel<Ar>)
     to.panels[to.count++] = {w.data + (begin + col) * depth, tile_col + col, min(cols - col, kPanel<Ar>)};
 }
@@ -85,8 +91,8 @@ void part_gates_from_ups(bool interleaved, int64_t before, int64_t rows, int64_t
 }
 
 // As many blocks of A along the reduction are packed at a time as a tile's block has room for: fewer rows read longer
-// runs of a panel, at best all of it. Then all panels of the tile are one run of memory, and what is asked for ahead is
-// simply what lies one block further.
+// runs of a panel, at best all of it; then what is asked for ahead is what lies one block further, in this panel or
+// the next.
 template <class Ar, class X>
 void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w, Blocks<Ar>& blocks) {
   const auto panels = panels_of<Ar>(w);
@@ -94,6 +100,7 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
                 block_size = block_rows * RowsOfA<Ar>::kRowStride;
   const int64_t packed_depth = kTileRows / block_rows * kBlockDepth<Ar>;
   const bool whole = packed_depth >= w.depth;
+  const int64_t full_depth = depth_of_panel(w);
   // Bytes cut in as many runs as the micro-kernel takes lines at a time in `steps`.
   const auto ahead = [](const X* from, int64_t depth, int64_t steps) -> Ahead {
     const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kLineSteps) * 64;
@@ -110,13 +117,13 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
       block = blocks.a;
       for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {
         const int64_t depth = min(end - k, kBlockDepth<Ar>), steps = ceil_div(depth, Ar::kDepth);
-        Ahead next{};
-        if (whole && depth) next = ahead(panel.data + (k + kBlockDepth<Ar>)*kPanel<Ar>, depth, steps);
-        else if (k + depth < end) next = ahead(panel.data + (k + depth) * kPanel<Ar>, depth, steps);
+        const int64_t next = k + kBlockDepth<Ar>;
+        Ahead wanted{};
+        if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth, steps);
         else if (i + 1 < panels.count && depth)
-          next = ahead(panels.panels[i + 1].data + begin * kPanel<Ar>, depth, steps);
+          wanted = ahead(panels.panels[i + 1].data + (whole ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b), a.count,
-                                        panel.cols, steps, blocks.tile + panel.tile_col, k == 0, next);
+                                        panel.cols, steps, blocks.tile + panel.tile_col, k == 0, wanted);
       }
     }
   }
