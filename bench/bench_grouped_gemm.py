@@ -19,7 +19,7 @@ import moe_ops
 import peers
 import roofline
 from passes import exact_results, forward_pass, gradient_pass, require_gradients
-from report import OURS, Report, Variant, parse_args, relative_error
+from report import OURS, PREPACKED, Report, Variant, parse_args, relative_error
 from shapes import Shape
 from timing import sets_to_stay_cold
 
@@ -80,6 +80,9 @@ def bench_grouped_gemm(report: Report, s: Shape, dtype: torch.dtype) -> None:
     exact = exact_results(loop, sets[0], grad, train=False)[0]
     work = roofline.grouped_gemm(s, size, n, k, active)
     table = [variant(name, gemm, exact, work) for name, gemm in gemms.items()]
+    packed = [moe_ops.prepack(w) for _, w in sets]
+    run = forward_pass(lambda i: moe_ops.grouped_gemm(sets[i][0], packed[i], offsets))
+    table.append(Variant(PREPACKED, run, lambda got: relative_error(got[0], exact), work))
     table += [
         variant(f"{OURS}, threads: {threads}", on_threads(threads, ours), exact, work)
         for threads in (1, 2, 4, 8, 16, 32, 64)

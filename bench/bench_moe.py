@@ -17,8 +17,9 @@ from torch import Tensor
 import moe_ops
 import peers
 import roofline
+from moe_ops import PackedWeight
 from passes import Results, exact_results, forward_pass, require_gradients, training_pass
-from report import OURS, Report, Variant, parse_args, relative_error
+from report import OURS, PREPACKED, Report, Variant, parse_args, relative_error
 from shapes import Shape
 from timing import sets_to_stay_cold
 
@@ -51,7 +52,7 @@ def router_logits(x: Tensor, router: Tensor) -> Tensor:
     return F.linear(x.to(router.dtype), router)
 
 
-def ours(x: Tensor, router: Tensor, w_in: Tensor, w_out: Tensor, s: Shape) -> Tensor:
+def ours(x: Tensor, router: Tensor, w_in: Tensor | PackedWeight, w_out: Tensor | PackedWeight, s: Shape) -> Tensor:
     weights, experts = moe_ops.route(router_logits(x, router), s.top_k, renormalize=True)
     return moe_ops.moe_mlp(x, weights, experts, w_in, w_out, activation=s.activation, gated=s.gated)
 
@@ -89,6 +90,8 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         layers["transformers eager"] = lambda i: peer(blocks[i], *sets[i], s)
     except ImportError as reason:
         missing["transformers eager"] = str(reason)
+    packed = [(moe_ops.prepack(w_in), moe_ops.prepack(w_out)) for _, _, w_in, w_out in sets]
+    layers[PREPACKED] = lambda i: ours(*sets[i][:2], *packed[i], s)
 
     y_and_gradients = exact_results(lambda *t: exact(*t, s, choices[0]), sets[0], grad_y, True)
     dense_y_and_gradients = exact_results(lambda *t: peers.dense(*t, s), dense_sets[0], grad_y, True)
@@ -100,6 +103,8 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         work = (roofline.moe_training if train else roofline.moe_forward)(s, dtype.itemsize, active)
         variants = []
         for name, layer in layers.items():
+            if train and name == PREPACKED:
+                continue  # has no gradient
             if train and name == "transformers eager" and s.experts > MOST_EXPERTS_INDEXED:
                 missing[name] = f"its backward takes minutes with more than {MOST_EXPERTS_INDEXED} experts"
                 continue

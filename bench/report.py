@@ -22,6 +22,7 @@ from shapes import Shape
 from timing import Timing, interleave, keep_freed_memory, last_level_cache, summarize
 
 OURS = "moe_ops"
+PREPACKED = "moe_ops, prepacked"
 
 # The largest error of a result, relative to its largest value, beyond which a variant computes something else.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2, "int32": 0}

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from moe_ops import reference
-from moe_ops.types import Plan
+from moe_ops import prepack, reference
+from moe_ops.types import PackedWeight, Plan
 
 T, E, K, H, INNER = 5, 4, 2, 6, 3
 
@@ -73,14 +73,22 @@ def permute(make: Maker) -> list[Args]:
     return [(make(T, H), p.row_slot, p.slot_row)]
 
 
+def packed(w: torch.Tensor) -> PackedWeight:
+    made = prepack(w.cpu())
+    return PackedWeight(*(tensor.to(w.device) for tensor in made))
+
+
 def grouped_gemm(make: Maker) -> list[Args]:
     p = make.plan()
     calls: list[Args] = [
-        (make(T * K, H), make(E, INNER, H), p.offsets, None, None, None),
-        (make(T, H), make(E, H, INNER).transpose(1, 2), p.offsets, make(E, INNER), p.row_slot, p.slot_row),
+        (make(T * K, H), make(E, INNER, H), p.offsets, None, None, None, None),
+        (make(T, H), make(E, H, INNER).transpose(1, 2), p.offsets, make(E, INNER), p.row_slot, p.slot_row, None),
     ]
     if make.dtype in (torch.bfloat16, torch.float16):
-        calls.append((make(T * K, H), make(E, INNER, H, dtype=torch.float32), p.offsets, None, None, None))
+        calls.append((make(T * K, H), make(E, INNER, H, dtype=torch.float32), p.offsets, None, None, None, None))
+    if not make.grad:
+        w = packed(make(E, INNER, H))
+        calls.append((make(T * K, H), w.stand_in, p.offsets, make(E, INNER), None, None, w.panels))
     return calls
 
 
@@ -132,11 +140,15 @@ def moe_mlp(make: Maker) -> list[Args]:
     w_out, b_out = make(E, H, INNER), make(E, H)
     maps = (p.offsets, p.row_slot, p.slot_row)
     calls: list[Args] = [
-        (x, weights, make(E, 2 * INNER, H), w_out, make(E, 2 * INNER), b_out, *maps, *GPT_OSS, False, True),
-        (x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, True, True),
+        (x, weights, make(E, 2 * INNER, H), w_out, make(E, 2 * INNER), b_out, *maps, *GPT_OSS, False, True, None, None),
+        (x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, True, True, None, None),
     ]
     if not make.grad:
-        calls.append((x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, False, False))
+        calls.append((x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, False, False, None, None))
+        w_in, packed_out = packed(make(E, 2 * INNER, H)), packed(w_out)
+        weights_in_out = (w_in.stand_in, packed_out.stand_in)
+        panels = (w_in.panels, packed_out.panels)
+        calls.append((x, weights, *weights_in_out, None, b_out, *maps, *GPT_OSS, False, False, *panels))
     return calls
 
 

@@ -66,7 +66,7 @@ def test_compiled_without_gradients_keeps_no_pre_activation(device):
     layer, seen = Layer(device), []
 
     def spy(graph, inputs):
-        seen.extend(node.args[-1] for node in graph.graph.nodes if node.target is torch.ops.moe_ops.moe_mlp)
+        seen.extend(node.args[-3] for node in graph.graph.nodes if node.target is torch.ops.moe_ops.moe_mlp)
         return graph.forward
 
     torch._dynamo.reset()

@@ -41,12 +41,13 @@ IMPORTS = {
     "reference": ["types"],
     "checks": ["types"],
     "module_checks": ["checks", "types"],
-    "fakes": ["checks"],
+    "packing": ["checks", "types"],
+    "fakes": ["checks", "packing"],
     "autograd": ["library"],
-    "ops": ["autocast", "autograd", "checks", "fakes", "library", "types"],
-    "functional": ["autocast", "autograd", "checks", "types"],
+    "ops": ["autocast", "autograd", "checks", "fakes", "library", "packing", "types"],
+    "functional": ["autocast", "autograd", "checks", "packing", "types"],
     "losses": ["checks", "module_checks", "types"],
-    "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "reference", "types"],
+    "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "packing", "reference", "types"],
 }
 ENTRY_POINTS = ("__init__", "__main__")  # these may import anything
 

@@ -272,7 +272,7 @@ def test_pre_activation_is_written_only_for_a_gradient(make):
 
 def test_operator_without_its_pre_activation_refuses_backward(make):
     args = list(SAMPLES["moe_mlp"](make)[0])
-    args[-1] = False
+    args[-3] = False
     y, _ = torch.ops.moe_ops.moe_mlp(*args)
     with pytest.raises(RuntimeError, match="keep_pre=True"):
         y.sum().backward()

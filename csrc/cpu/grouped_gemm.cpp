@@ -28,6 +28,13 @@ void zero_rows(const Matrix& matrix, int64_t begin, int64_t end, int64_t cols) {
   });
 }
 
+// Inner columns of a tile: its halves hold their gates and their ups. Whole panels of prepacked weights are multiplied,
+// and where ups begin within a panel, what stands before them takes room in their half.
+int64_t gated_tile_cols(const GroupedGemmParams& p) {
+  const bool whole = p.activation.interleaved || p.n / 2 % panel_columns(p.weight.dtype) == 0;
+  return p.weight.prepacked && !whole ? kTileCols / 2 - panel_columns(Dtype::float32) : kTileCols / 2;
+}
+
 struct RowsOfExpert {
   int64_t expert, begin, end;
 };
@@ -52,7 +59,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Device&) {
   const Kernels& isa = kernels();
   const bool gated = p.activation.gated;
   const int64_t cols = p.epilogue == Epilogue::activate && gated ? p.n / 2 : p.n;
-  const int64_t tile_cols = p.epilogue == Epilogue::activate && gated ? kTileCols / 2 : kTileCols;
+  const int64_t tile_cols = p.epilogue == Epilogue::activate && gated ? gated_tile_cols(p) : kTileCols;
   // Without columns one tile remains for the bias's share of the score gradient.
   const int64_t col_tiles = std::max(ceil_div(cols, tile_cols), int64_t(p.grad_score ? 1 : 0));
 
@@ -82,7 +89,8 @@ void grouped_gemm(const GroupedGemmParams& p, const Device&) {
   const double cost = pieces.empty() ? 0 : double(end) * p.n * p.k / double(pieces.size()) + double(p.k) * kTileCols;
   for_each_piece(int64_t(pieces.size()), cost, [&](int64_t i) {
     const auto& [rows, col_begin] = pieces[i];
-    isa.grouped_gemm(p, rows.expert, rows.begin, rows.end, col_begin, partial.data(), col_tiles);
+    isa.grouped_gemm(p, rows.expert, rows.begin, rows.end, col_begin, std::min(col_begin + tile_cols, cols),
+                     partial.data(), col_tiles);
   });
   if (p.grad_score) {
     if (is_double) reduce_score(p, partial.data(), col_tiles, end);

@@ -11,6 +11,26 @@ inline Tensor with_unit_stride(const Tensor& w) {
   return unit ? w : torch::stable::contiguous(w);
 }
 
+// What the operators take in place of the values of a weight [E, N, K]: panels as ExpertWeights describes them. The
+// weight then gives shape and dtype alone; it has one element, expanded.
+inline void expect_panels(const char* what, const OptionalTensor& panels, const Tensor& weight, const Tensor& rows) {
+  if (!panels) return;
+  const Dtype dtype = dtype_of(rows);
+  const int64_t columns = panel_columns(dtype), values = panel_values(dtype);
+  expect_type(what, *panels, rows.scalar_type());
+  expect_shape(what, *panels,
+               {weight.size(0), (weight.size(1) + columns - 1) / columns, (weight.size(2) + values - 1) / values,
+                columns, values});
+  STD_TORCH_CHECK(panels->is_contiguous(), what, " is not contiguous");
+}
+
+inline ExpertWeights prepacked(const Tensor& panels) {
+  return {.data = panels.data_ptr(),
+          .dtype = dtype_of(panels),
+          .expert_stride = panels.size(1) * panels.size(2) * panels.size(3) * panels.size(4),
+          .prepacked = true};
+}
+
 // w [E, N, K] as the stage reads it; `transposed` swaps N and K, for the gradient of the input.
 inline ExpertWeights expert_weights(const Tensor& w, bool transposed = false) {
   ExpertWeights out{.data = w.data_ptr(), .dtype = dtype_of(w), .expert_stride = w.stride(0)};
@@ -18,6 +38,10 @@ inline ExpertWeights expert_weights(const Tensor& w, bool transposed = false) {
   out.n_stride = w.size(n) <= 1 ? 1 : w.stride(n);
   out.k_stride = w.size(k) <= 1 ? 1 : w.stride(k);
   return out;
+}
+
+inline ExpertWeights expert_weights(const Tensor& w, const OptionalTensor& panels) {
+  return panels ? prepacked(*panels) : expert_weights(w);
 }
 
 inline void expect_weights(const char* what, const Tensor& w, const Tensor& rows, int64_t n, int64_t k) {

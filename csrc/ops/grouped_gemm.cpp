@@ -27,19 +27,20 @@ Rows read_rows(const char* what, const Tensor& a, const OptionalTensor& row_slot
 }
 
 Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offsets, const OptionalTensor& bias,
-                       const OptionalTensor& row_slot, const OptionalTensor& slot_row) {
+                       const OptionalTensor& row_slot, const OptionalTensor& slot_row, const OptionalTensor& panels) {
   expect_shape("grouped_gemm: a", a, {-1, -1});
   STD_TORCH_CHECK(!row_slot || slot_row, "grouped_gemm: row_slot without slot_row");
   expect_weights("grouped_gemm: weight", weight, a, -1, a.size(1));
+  expect_panels("grouped_gemm: panels", panels, weight, a);
   expect_offsets("grouped_gemm: offsets", offsets, weight.size(0));
   if (bias) expect_shape("grouped_gemm: bias", *bias, {weight.size(0), weight.size(1)});
   if (slot_row) expect_shape("grouped_gemm: slot_row", *slot_row, {a.size(0), -1});
   const auto rows = read_rows("grouped_gemm: row_slot", a, row_slot, slot_row ? slot_row->size(1) : 1);
-  const auto w = with_unit_stride(weight), starts = as_contiguous(offsets);
+  const auto w = panels ? weight : with_unit_stride(weight), starts = as_contiguous(offsets);
   const auto b = as_contiguous(bias);
   auto out = empty({rows.count, w.size(1)}, a.scalar_type(), a);
   grouped_gemm({.a = rows.operand,
-                .weight = expert_weights(w),
+                .weight = expert_weights(w, panels),
                 .offsets = int32s(starts),
                 .num_experts = w.size(0),
                 .num_rows = rows.count,

@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
   m.def("permute(Tensor x, Tensor row_slot, Tensor slot_row) -> Tensor");
 
   m.def(
-      "grouped_gemm(Tensor a, Tensor weight, Tensor offsets, Tensor? bias, Tensor? row_slot, Tensor? slot_row) -> "
-      "Tensor");
+      "grouped_gemm(Tensor a, Tensor weight, Tensor offsets, Tensor? bias, Tensor? row_slot, Tensor? slot_row,"
+      " Tensor? panels) -> Tensor");
   m.def(
       "grouped_gemm_weight_grad(Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width, ScalarType dtype)"
       " -> Tensor");
@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
   m.def(
       "moe_mlp(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor offsets,"
       " Tensor row_slot, Tensor slot_row, int activation, bool gated, bool interleaved, float alpha, float limit,"
-      " float up_offset, bool weight_on_input, bool keep_pre) -> (Tensor y, Tensor pre)");
+      " float up_offset, bool weight_on_input, bool keep_pre, Tensor? panels_in, Tensor? panels_out)"
+      " -> (Tensor y, Tensor pre)");
   m.def(
       "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor pre, Tensor weights, Tensor w_in, Tensor w_out, Tensor? b_out,"
       " Tensor offsets, Tensor row_slot, Tensor slot_row, int activation, bool gated, bool interleaved, float alpha,"

@@ -20,13 +20,16 @@ struct Layer {
 
 Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Tensor& w_out, const Tensor& offsets,
             const Tensor& row_slot, const Tensor& slot_row, int64_t act, bool gated, bool interleaved, double alpha,
-            double limit, double up_offset, bool weight_on_input) {
+            double limit, double up_offset, bool weight_on_input, const OptionalTensor& panels_in = {},
+            const OptionalTensor& panels_out = {}) {
   expect_shape("moe_mlp: x", x, {-1, -1});
   expect_weights("moe_mlp: w_in", w_in, x, -1, x.size(1));
   const int64_t num_experts = w_in.size(0), inner = gated ? w_in.size(1) / 2 : w_in.size(1);
   STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "moe_mlp: w_in has an odd number of rows");
   expect_weights("moe_mlp: w_out", w_out, x, x.size(1), inner);
   STD_TORCH_CHECK(w_out.size(0) == num_experts, "moe_mlp: w_in and w_out have different numbers of experts");
+  expect_panels("moe_mlp: panels_in", panels_in, w_in, x);
+  expect_panels("moe_mlp: panels_out", panels_out, w_out, x);
   expect_offsets("moe_mlp: offsets", offsets, num_experts);
   expect_row_slot("moe_mlp: row_slot", row_slot, x.size(0));
   expect_map("moe_mlp: slot_row", slot_row, {x.size(0), -1});
@@ -35,8 +38,8 @@ Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Te
   STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::relu2), "moe_mlp: unknown activation");
   return {.x = with_unit_rows(x),
           .weights = as_contiguous(weights),
-          .w_in = with_unit_stride(w_in),
-          .w_out = with_unit_stride(w_out),
+          .w_in = panels_in ? w_in : with_unit_stride(w_in),
+          .w_out = panels_out ? w_out : with_unit_stride(w_out),
           .offsets = as_contiguous(offsets),
           .row_slot = as_contiguous(row_slot),
           .slot_row = as_contiguous(slot_row),
@@ -70,9 +73,10 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
                                       const OptionalTensor& b_in, const OptionalTensor& b_out, const Tensor& offsets,
                                       const Tensor& row_slot, const Tensor& slot_row, int64_t activation, bool gated,
                                       bool interleaved, double alpha, double limit, double up_offset,
-                                      bool weight_on_input, bool keep_pre) {
+                                      bool weight_on_input, bool keep_pre, const OptionalTensor& panels_in,
+                                      const OptionalTensor& panels_out) {
   const Layer m = layer(x, weights, w_in, w_out, offsets, row_slot, slot_row, activation, gated, interleaved, alpha,
-                        limit, up_offset, weight_on_input);
+                        limit, up_offset, weight_on_input, panels_in, panels_out);
   const auto bias_in = as_contiguous(b_in), bias_out = as_contiguous(b_out);
   if (b_in) expect_shape("moe_mlp: b_in", *b_in, {m.num_experts, m.pre_cols});
   if (b_out) expect_shape("moe_mlp: b_out", *b_out, {m.num_experts, m.hidden});
@@ -81,7 +85,7 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
   auto pre = keep_pre ? empty({m.rows, m.pre_cols}, x.scalar_type(), x) : empty({0}, x.scalar_type(), x);
   auto inner = empty({m.rows, m.inner}, x.scalar_type(), x);
   grouped_gemm({.a = gathered(m.x, m.row_slot, m.width, m.on_input()),
-                .weight = expert_weights(m.w_in),
+                .weight = expert_weights(m.w_in, panels_in),
                 .offsets = int32s(m.offsets),
                 .num_experts = m.num_experts,
                 .num_rows = m.rows,
@@ -96,7 +100,7 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
 
   auto rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
   grouped_gemm({.a = rows_of(inner),
-                .weight = expert_weights(m.w_out),
+                .weight = expert_weights(m.w_out, panels_out),
                 .offsets = int32s(m.offsets),
                 .num_experts = m.num_experts,
                 .num_rows = m.rows,

@@ -137,12 +137,18 @@ struct CombineBackwardParams {
   void* grad_weights = nullptr;  // [T, width] dtype of weights, or null
 };
 
-// Expert weights [E, N, K] with unit stride along N or along K.
+// Expert weights [E, N, K] with unit stride along N or along K; or prepacked: [E, panels, steps, columns, values],
+// contiguous, zeros behind N and K. A panel holds the rows of `columns` n; a step of it, 128 bytes, one value of each,
+// or two where a value has 2 bytes.
 struct ExpertWeights {
   const void* data = nullptr;
   Dtype dtype = Dtype::float32;
   int64_t expert_stride = 0, n_stride = 0, k_stride = 1;
+  bool prepacked = false;  // then only expert_stride is read
 };
+
+constexpr int64_t panel_columns(Dtype dtype) { return dtype == Dtype::float64 ? 16 : 32; }
+constexpr int64_t panel_values(Dtype dtype) { return size_of(dtype) == 2 ? 2 : 1; }
 
 // Rows of a GEMM operand: row r of the problem is row `row_slot[r] / width` of `rows` when a gather is given, row r
 // otherwise, times scale[row_slot[r]] (rounded to the operand's dtype) when a scale is given.

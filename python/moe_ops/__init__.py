@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from moe_ops import losses, nn, reference
 from moe_ops.functional import dispatch, moe_mlp
 from moe_ops.ops import combine, grouped_gemm, permute, plan, route
-from moe_ops.types import Plan, RouteResult
+from moe_ops.packing import prepack
+from moe_ops.types import PackedWeight, Plan, RouteResult
 
 from moe_ops import _C as _C  # isort: skip  # after ops, which loads the libraries it needs
 
@@ -28,6 +29,7 @@ except PackageNotFoundError:
     __version__ = "0.0.0"  # compiled in place, not installed
 
 __all__ = [
+    "PackedWeight",
     "Plan",
     "RouteResult",
     "__version__",
@@ -39,6 +41,7 @@ __all__ = [
     "nn",
     "permute",
     "plan",
+    "prepack",
     "reference",
     "route",
 ]

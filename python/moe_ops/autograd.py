@@ -106,6 +106,11 @@ def _refuse_vmap(name: str) -> Callable[..., NoReturn]:
     return rule
 
 
+def _refuse_packed(name: str, *panels: Tensor | None) -> None:
+    if any(values is not None for values in panels):
+        raise RuntimeError(f"moe_ops::{name}: a PackedWeight has no gradient")
+
+
 def _keep_route(ctx: Any, inputs: Any, output: Any) -> None:
     logits, _, score, _, expert_scale, _, _, _, _, *weighing, stats, segments, num_segments = inputs
     _, experts, counts, mean_prob, logsumexp = output
@@ -149,7 +154,8 @@ def _permute_backward(ctx: Any, grad: Tensor) -> Gradients:
 
 
 def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:
-    a, weight, offsets, bias, row_slot, slot_row = inputs
+    a, weight, offsets, bias, row_slot, slot_row, panels = inputs
+    _refuse_packed("grouped_gemm", panels)
     need_a, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if need_weight else None, weight if need_a else None, offsets, row_slot, slot_row)
     ctx.weight_dtype = weight.dtype
@@ -161,7 +167,7 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> Gradients:
     a, weight, offsets, row_slot, slot_row = ctx.saved_tensors
     grad_a = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_a = call(ops.grouped_gemm, grad, weight.transpose(1, 2), offsets, None, None, None)
+        grad_a = call(ops.grouped_gemm, grad, weight.transpose(1, 2), offsets, None, None, None, None)
         if row_slot is not None:
             grad_a = call(ops.combine, grad_a, None, row_slot, slot_row)
     if ctx.needs_input_grad[1]:
@@ -172,7 +178,7 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> Gradients:
             call(ops.grouped_gemm_weight_grad_, ctx.main_grad, grad, a, offsets, row_slot, width)
     if ctx.needs_input_grad[3]:
         grad_bias = call(ops.grouped_gemm_bias_grad, grad, offsets, ctx.bias_dtype)
-    return grad_a, grad_weight, None, grad_bias, None, None
+    return grad_a, grad_weight, None, grad_bias, None, None, None
 
 
 def _keep_combine(ctx: Any, inputs: Any, output: Any) -> None:
@@ -192,7 +198,8 @@ def _combine_backward(ctx: Any, grad: Tensor) -> Gradients:
 
 
 def _keep_moe_mlp(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, *options, keep_pre = inputs
+    x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, *options, keep_pre, in_, out_ = inputs
+    _refuse_packed("moe_mlp", in_, out_)
     pre = output[1]
     ctx.save_for_backward(x, pre, weights, w_in, w_out, b_out, offsets, row_slot, slot_row)
     ctx.options = options
@@ -203,7 +210,7 @@ def _keep_moe_mlp(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _moe_mlp_backward(ctx: Any, grad_y: Tensor | None, _pre: None) -> Gradients:
-    nothing = (None,) * 11
+    nothing = (None,) * 13
     if grad_y is None:
         return (None,) * 6 + nothing
     if not ctx.keep_pre:

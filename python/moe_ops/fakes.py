@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import checks
+from moe_ops import checks, packing
 
 
 def register() -> None:
@@ -100,9 +100,16 @@ def permute(x: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
 
 
 def grouped_gemm(
-    a: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, row_slot: Tensor | None, slot_row: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    row_slot: Tensor | None,
+    slot_row: Tensor | None,
+    panels: Tensor | None,
 ) -> Tensor:
     checks.grouped_gemm(a, weight, offsets, bias, row_slot, slot_row)
+    packing.check("grouped_gemm", "w", weight, panels, "a", a)
     rows = a.shape[0] if row_slot is None else row_slot.shape[0]
     return _empty(a, (rows, weight.shape[1]))
 
@@ -161,8 +168,12 @@ def moe_mlp(
     up_offset: float,
     weight_on_input: bool,
     keep_pre: bool,
+    panels_in: Tensor | None,
+    panels_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
+    packing.check("moe_mlp", "w_in", w_in, panels_in, "x", x)
+    packing.check("moe_mlp", "w_out", w_out, panels_out, "x", x)
     checks.mlp_plan(weights, w_in, offsets, row_slot, slot_row)
     return _empty(x, x.shape), _empty(x, (row_slot.shape[0], w_in.shape[1]), asked=keep_pre)
 

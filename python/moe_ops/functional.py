@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, checks
+from moe_ops import autocast, checks, packing
 from moe_ops.autograd import call
-from moe_ops.types import Plan
+from moe_ops.packing import operand
+from moe_ops.types import PackedWeight, Plan
 
 
 def dispatch(
@@ -46,8 +47,8 @@ def moe_mlp(
     x: Tensor,
     weights: Tensor,
     experts: Tensor | None,
-    w_in: Tensor,
-    w_out: Tensor,
+    w_in: Tensor | PackedWeight,
+    w_out: Tensor | PackedWeight,
     *,
     activation: str = "silu",
     gated: bool = True,
@@ -79,7 +80,8 @@ def moe_mlp(
         experts: [T, K] int32 or int64; ids outside 0..E-1 are dropped slots. May be None where a plan is given.
         w_in: [E, 2I, H], or [E, I, H] when plain; the dtype of x, or float32 under bfloat16 and float16 (rounded to the
             dtype of x; the gradient is float32).
-        w_out: [E, H, I], dtype as w_in.
+        w_out: [E, H, I], dtype as w_in. Where no gradient is needed, w_in, w_out or both may be a PackedWeight in the
+            dtype of x (see prepack).
         activation: "silu" (z * sigmoid(alpha * z)), "gelu", "gelu_tanh", "relu" or "relu2" (relu squared).
         gated: whether w_in holds gates and ups.
         b_in: [E, 2I] or [E, I], dtype as w_in.
@@ -97,11 +99,15 @@ def moe_mlp(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+        RuntimeError: a weight is packed and a gradient is needed.
     """
     checks.no_tangents("moe_mlp", x, weights, w_in, w_out, b_in, b_out)
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
     checks.flag("moe_mlp", "gated", gated)
-    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
+    (weight_in, panels_in), (weight_out, panels_out) = operand(w_in), operand(w_out)
+    checks.moe_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out)
+    packing.check("moe_mlp", "w_in", weight_in, panels_in, "x", x)
+    packing.check("moe_mlp", "w_out", weight_out, panels_out, "x", x)
     act = checks.option("moe_mlp", "activation", activation, checks.ACTIVATIONS)
     interleaved = bool(checks.option("moe_mlp", "layout", layout, checks.LAYOUTS))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -111,22 +117,24 @@ def moe_mlp(
     weight_on_input = bool(checks.option("moe_mlp", "weight_on", weight_on, checks.WEIGHT_ON))
     policy = checks.option("moe_mlp", "drop_policy", drop_policy, checks.DROP_POLICIES)
     if plan is None:
-        checks.mlp_experts(x, weights, w_in, experts, capacity)
+        checks.mlp_experts(x, weights, weight_in, experts, capacity)
         if not torch.compiler.is_compiling():
             checks.slots("moe_mlp", "experts", weights.numel())
         ranks = weights if policy == checks.DROP_POLICIES["probability"] else None
-        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, w_in.shape[0], capacity, policy, ranks)
+        offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, weight_in.shape[0], capacity, policy, ranks)
     else:
         checks.is_plan("moe_mlp", "plan", plan)
         if capacity is not None:
             raise ValueError(f"moe_mlp: capacity must be None where a plan is given, got {capacity}")
         offsets, row_slot, slot_row, _ = plan
-        checks.mlp_plan(weights, w_in, offsets, row_slot, slot_row)
-    operands = (x, weights, w_in, w_out, b_in, b_out)
+        checks.mlp_plan(weights, weight_in, offsets, row_slot, slot_row)
+    operands = (x, weights, weight_in, weight_out, b_in, b_out)
+    packing.no_gradient("moe_mlp", "w_in", panels_in, *operands)
+    packing.no_gradient("moe_mlp", "w_out", panels_out, *operands)
     keep_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     y: Tensor
     y, _ = call(
-        torch.ops.moe_ops.moe_mlp, x, weights, w_in, w_out, b_in, b_out, offsets, row_slot, slot_row, act, gated,
-        interleaved, alpha, bound, up_offset, weight_on_input, keep_pre,
+        torch.ops.moe_ops.moe_mlp, x, weights, weight_in, weight_out, b_in, b_out, offsets, row_slot, slot_row, act,
+        gated, interleaved, alpha, bound, up_offset, weight_on_input, keep_pre, panels_in, panels_out,
     )  # fmt: skip
     return y

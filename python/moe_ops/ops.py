@@ -12,9 +12,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, autograd, checks, fakes, library
+from moe_ops import autocast, autograd, checks, fakes, library, packing
 from moe_ops.autograd import call
-from moe_ops.types import Plan, RouteResult
+from moe_ops.packing import operand
+from moe_ops.types import PackedWeight, Plan, RouteResult
 
 library.load()
 fakes.register()
@@ -201,7 +202,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
 
 
 def grouped_gemm(
-    a: Tensor, w: Tensor, offsets: Tensor, *, bias: Tensor | None = None, gather: Plan | None = None
+    a: Tensor, w: Tensor | PackedWeight, offsets: Tensor, *, bias: Tensor | None = None, gather: Plan | None = None
 ) -> Tensor:
     """Multiplies each expert's rows by its matrix: out[r] = a[r] @ w[e].T + bias[e]; zeros from offsets[E] on.
 
@@ -214,7 +215,8 @@ def grouped_gemm(
 
     Args:
         a: [R, K], any float dtype; with gather the tokens, [T, K].
-        w: [E, N, K], dtype of a or float32 (see above). Any one unit stride is read in place.
+        w: [E, N, K], dtype of a or float32 (see above). Any one unit stride is read in place. Or a PackedWeight in the
+            dtype of a, where no gradient is needed (see prepack).
         offsets: [E + 1] int32, plan.offsets: the rows of expert e are offsets[e] .. offsets[e + 1]. Read as clamped to
             0..R and non-decreasing from 0.
         bias: [E, N], dtype of a or float32.
@@ -225,6 +227,7 @@ def grouped_gemm(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        RuntimeError: w is packed and a gradient is needed.
     """
     checks.no_tangents("grouped_gemm", a, w, bias)
     main_grad = None if torch.compiler.is_compiling() else getattr(w, "main_grad", None)
@@ -234,11 +237,14 @@ def grouped_gemm(
     else:
         checks.is_plan("grouped_gemm", "gather", gather)
         row_slot, slot_row = gather.row_slot, gather.slot_row
-    checks.grouped_gemm(a, w, offsets, bias, row_slot, slot_row)
+    weight, panels = operand(w)
+    checks.grouped_gemm(a, weight, offsets, bias, row_slot, slot_row)
+    packing.check("grouped_gemm", "w", weight, panels, "a", a)
+    packing.no_gradient("grouped_gemm", "w", panels, a, bias)
     if main_grad is not None:
-        checks.main_grad("grouped_gemm", main_grad, w)
-        w.main_grad = main_grad  # type: ignore[attr-defined]  # a copy in the autocast dtype has lost it
-    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, w, offsets, bias, row_slot, slot_row)
+        checks.main_grad("grouped_gemm", main_grad, weight)
+        weight.main_grad = main_grad  # a copy in the autocast dtype has lost it
+    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, weight, offsets, bias, row_slot, slot_row, panels)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What the operators return: named tuples of tensors, which torch treats as pytrees.
+"""What the operators return and take: named tuples of tensors, which torch treats as pytrees.
 
 A *slot* is one (token, k) pair, numbered token * K + k; a *row* is a slot's place in expert order.
 """
@@ -49,3 +49,43 @@ class RouteResult(NamedTuple):
     counts: torch.Tensor
     mean_prob: torch.Tensor
     logsumexp: torch.Tensor
+
+
+class PackedWeight(NamedTuple):
+    """An expert weight [E, N, K] packed by moe_ops.prepack, for grouped_gemm and moe_mlp without gradients.
+
+    The layout is the same for every instruction set of the CPU, so that a PackedWeight can be kept in a file.
+
+    Attributes:
+        panels: [E, panels, steps, columns, values]: a panel holds 32 (float64: 16) of the N rows, a step one value of
+            each along K (bfloat16 and float16: two). N and K are filled up with zeros.
+        stand_in: [E, N, K], one element expanded: the weight's shape, dtype and device without its values.
+    """
+
+    panels: torch.Tensor
+    stand_in: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[E, N, K]."""
+        return self.stand_in.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are formed in: the dtype of the rows it multiplies."""
+        return self.panels.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.panels.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory: that of E, N and K with N rounded up to 32 (float64: 16), and K to 2 in bfloat16 and float16."""
+        return self.panels.nbytes
+
+    def unpack(self) -> torch.Tensor:
+        """The weight [E, N, K] again, contiguous; its bits are those that were packed."""
+        _, n, k = self.shape
+        values = self.panels.transpose(2, 3).flatten(1, 2).flatten(2)  # [E, N, K] with the zeros
+        return values[:, :n, :k].contiguous()

@@ -5,21 +5,10 @@
 
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/few_rows.h"
+#include "cpu/isa/prepacked.h"
 #include "cpu/isa/stream.h"
-#include "cpu/scratch.h"
 
 namespace moe::MOE_ISA {
-
-template <class Ar>
-struct Blocks {
-  using C = typename Ar::C;
-  using Element = typename Ar::Element;
-  alignas(64) Element a[kTileRows * RowsOfA<Ar>::kRowStride];
-  alignas(64) Element b[kTileCols * kBlockSteps];
-  alignas(64) C tile[kTileRows * kTileCols];
-
-  static Blocks& of_thread() { return *static_cast<Blocks*>(scratch(sizeof(Blocks))); }
-};
 
 // share[r] += <a[r], bias_e>
 template <class X, class C>
@@ -36,29 +25,6 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
     }
   }
 }
-
-// The rows of A that a tile multiplies.
-template <class X, class C>
-struct TileRows {
-  const X* rows[kTileRows];
-  C scale[kTileRows];
-  bool scaled;
-  int64_t count;
-};
-
-// The weights that a tile multiplies: `cols` columns, or as many gates and ups: rows at.gate, at.gate + at.step, ...
-// and at.up, at.up + at.step, ... of an expert.
-template <class W>
-struct TileWeights {
-  const W* data;
-  int64_t n_stride, k_stride, depth;
-  InnerColumns at;
-  int64_t cols;
-  bool gated;
-
-  const W* run(int64_t half) const { return data + (half ? at.up : at.gate) * n_stride; }
-  int64_t col_stride() const { return at.step * n_stride; }
-};
 
 // Many rows: the weights are packed in chunks, columns within a block along K, and each is multiplied at once. Where
 // their unit stride runs along K a chunk is a panel, which packing leaves in L1; otherwise it is as wide as the tile,
@@ -115,15 +81,22 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
   }
 }
 
+template <class Ar, class X, class W>
+void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
+  if constexpr (std::is_same_v<X, W>)  // prepack has rounded
+    if (w.prepacked) return multiply_prepacked<Ar>(a, w, blocks);
+  if (a.count <= kFewRows && w.k_stride == 1) multiply_unpacked<Ar>(a, w, blocks);
+  else multiply_packed<Ar>(a, w, blocks);
+}
+
 template <class X, class W>
 void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
-                       int64_t col_begin, void* partial_score, int64_t score_stride) {
+                       int64_t col_begin, int64_t col_end, void* partial_score, int64_t score_stride) {
   using Ar = Arithmetic<X>;
   using C = typename Ar::C;
   auto& blocks = Blocks<Ar>::of_thread();
   const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
-  const int64_t result_cols = gated ? p.n / 2 : p.n, width = gated ? kTileCols / 2 : kTileCols;
-  const Tile tile{expert, row_begin, row_end - row_begin, col_begin, min(result_cols - col_begin, width)};
+  const Tile tile{expert, row_begin, row_end - row_begin, col_begin, col_end - col_begin};
 
   TileRows<X, C> a{.scaled = bool(p.a.scale), .count = tile.rows};
   find_rows(p.a, row_begin, tile.rows, a.rows, a.scale);
@@ -137,11 +110,11 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
                          .n_stride = p.weight.n_stride,
                          .k_stride = p.weight.k_stride,
                          .depth = p.k,
-                         .at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, result_cols),
+                         .at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, p.n / 2),
                          .cols = tile.cols,
-                         .gated = gated};
-  if (tile.rows <= kFewRows && w.k_stride == 1) multiply_unpacked<Ar>(a, w, blocks);
-  else multiply_packed<Ar>(a, w, blocks);
+                         .gated = gated,
+                         .prepacked = p.weight.prepacked};
+  multiply_tile<Ar>(a, w, blocks);
 
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<X>(p, tile, blocks.tile);
@@ -151,13 +124,14 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
 }
 
 inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
-                         int64_t col_begin, void* partial_score, int64_t score_stride) {
+                         int64_t col_begin, int64_t col_end, void* partial_score, int64_t score_stride) {
   visit_dtype(p.a.rows.dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
     if constexpr (sizeof(X) == 2)  // float32 weights are rounded to the rows' dtype while they are packed
       if (p.weight.dtype == Dtype::float32)
-        return grouped_gemm_tile<X, float>(p, expert, row_begin, row_end, col_begin, partial_score, score_stride);
-    grouped_gemm_tile<X, X>(p, expert, row_begin, row_end, col_begin, partial_score, score_stride);
+        return grouped_gemm_tile<X, float>(p, expert, row_begin, row_end, col_begin, col_end, partial_score,
+                                           score_stride);
+    grouped_gemm_tile<X, X>(p, expert, row_begin, row_end, col_begin, col_end, partial_score, score_stride);
   });
 }
 

@@ -28,19 +28,22 @@ struct Dot {
 template <class S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, bfloat16> && kHasDot, Dot, Fma<Compute<S>>>;
 
-// Sizes of a tile and of the packed blocks. Accumulators: kMicroRows * kPanelVectors registers of the 32 (AVX-512) or
+// Sizes of a tile and of the packed blocks. Accumulators: kMicroRows * kMicroVectors registers of the 32 (AVX-512) or
 // 16 there are. A panel of B (kBlockSteps x kPanel) stays in L1 while the rows of an A block pass; the blocks, the tile
 // and the weights asked for ahead stay in L2.
 inline constexpr int kMicroRows = MOE_VECTOR_BYTES == 64 ? 12 : MOE_VECTOR_BYTES == 32 ? 6 : 4;
-inline constexpr int kPanelVectors = 2;
-inline constexpr int kBlockSteps = 160;  // Elements along the reduction: 20 KiB of panel and 8 KiB of rows in AVX-512
+inline constexpr int kMicroVectors = 2;
+inline constexpr int kBlockSteps = 160;  // Elements along the reduction: 20 KiB of panel and up to 8 KiB of rows
 static_assert(kTileRows % kMicroRows == 0);
 
 template <class Ar>
 inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values along the reduction
 
+// Columns of a panel: a step of it is 128 bytes in every instruction set, so that weights packed under one serve all.
 template <class Ar>
-inline constexpr int kPanel = kPanelVectors * kLanes<typename Ar::C>;  // columns
+inline constexpr int kPanel = 128 / sizeof(typename Ar::Element);
+template <class Ar>
+inline constexpr int kMicroCols = kMicroVectors * kLanes<typename Ar::C>;  // columns that are multiplied at a time
 
 // Where A lies: element (row, k) of a block at row * kRowStride + k * kStep, both known at compile time so that every
 // address is one register plus a constant.
@@ -70,19 +73,20 @@ struct Ahead {
 
 inline constexpr int kLineSteps = 8;  // steps of the micro-kernel between two lines asked for of each row
 
-// c[rows, kPanel] (+)= a[rows, depth] . b[depth, kPanel], summed in order of depth. A block's sum starts from zero and
-// joins c at the end: the error grows with the block's depth, not with the length of the whole reduction.
+// c[rows, kMicroCols] (+)= a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth. A block's sum
+// starts from zero and joins c at the end: the error grows with the block's depth, not with the length of the whole
+// reduction.
 template <class Ar, class Layout, int rows>
 void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, typename Ar::C* c,
               bool first, const Ahead& ahead) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
-  Vec<C> acc[rows][kPanelVectors];
+  Vec<C> acc[rows][kMicroVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Vec<C>{};
+    for (int j = 0; j < kMicroVectors; ++j) acc[i][j] = Vec<C>{};
 
   int64_t line = 0;
   for (int64_t left = depth; left > 0; left -= kLineSteps, line += 64) {
@@ -90,24 +94,24 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
       for (int64_t row = 0; row < ahead.rows; ++row) __builtin_prefetch(ahead.begin + row * ahead.stride + line, 0, 2);
     const int64_t steps = left < kLineSteps ? left : kLineSteps;
     for (int64_t k = 0; k < steps; ++k) {
-      Vec<Element> panel[kPanelVectors];
+      Vec<Element> panel[kMicroVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) std::memcpy(&panel[j], b + j * lanes, sizeof(panel[j]));
+      for (int j = 0; j < kMicroVectors; ++j) std::memcpy(&panel[j], b + j * lanes, sizeof(panel[j]));
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         const Vec<Element> value = broadcast(a[i * Layout::kRowStride]);
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = Ar::step(acc[i][j], value, panel[j]);
+        for (int j = 0; j < kMicroVectors; ++j) acc[i][j] = Ar::step(acc[i][j], value, panel[j]);
       }
       a += Layout::kStep;
-      b += kPanelVectors * lanes;
+      b += kPanel<Ar>;
     }
   }
 
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) {
+    for (int j = 0; j < kMicroVectors; ++j) {
       C* to = c + i * kTileCols + j * lanes;
       store<C>(to, first ? acc[i][j] : load<C>(to) + acc[i][j]);
     }
@@ -129,12 +133,15 @@ MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const ty
 template <class Ar, class Layout>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
                     int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead = {}) {
-  const int64_t row_steps = ceil_div(rows, kMicroRows), calls = row_steps * ceil_div(cols, kPanel<Ar>);
+  const int64_t row_steps = ceil_div(rows, kMicroRows), calls = row_steps * ceil_div(cols, kMicroCols<Ar>);
   int64_t call = 0;
-  for (int64_t col = 0; col < cols; col += kPanel<Ar>)
+  for (int64_t col = 0; col < cols; col += kMicroCols<Ar>) {
+    const int64_t in_panel = col % kPanel<Ar>;
     for (int64_t row = 0; row < rows; row += kMicroRows, ++call)
       multiply_rows<Ar, Layout>(rows - row < kMicroRows ? rows - row : kMicroRows, a + row * Layout::kRowStride,
-                                b + col * depth, depth, c + row * kTileCols + col, first, ahead.part(call, calls));
+                                b + (col - in_panel) * depth + in_panel, depth, c + row * kTileCols + col, first,
+                                ahead.part(call, calls));
+  }
 }
 
 }  // namespace moe::MOE_ISA

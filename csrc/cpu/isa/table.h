@@ -25,10 +25,10 @@ struct Kernels {
   void (*combine)(const CombineParams&, int64_t begin, int64_t end);
   void (*combine_backward)(const CombineBackwardParams&, int64_t begin, int64_t end);
 
-  // One tile: rows row_begin..row_end of one expert, columns from col_begin on. partial_score [R, score_stride] takes
+  // One tile: rows row_begin..row_end of one expert, columns col_begin..col_end. partial_score [R, score_stride] takes
   // the tile's share of grad_score.
   void (*grouped_gemm)(const GroupedGemmParams&, int64_t expert, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                       void* partial_score, int64_t score_stride);
+                       int64_t col_end, void* partial_score, int64_t score_stride);
   // One tile of an expert's [N, K] gradient.
   void (*grouped_gemm_weight_grad)(const WeightGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
                                    int64_t n_begin, int64_t k_begin);

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, checks, functional, module_checks, reference
-from moe_ops.types import Plan
+from moe_ops import autocast, checks, functional, module_checks, packing, reference
+from moe_ops.types import PackedWeight, Plan
 
 IMPLS = {"moe_ops": 0, "naive": 1}
 
@@ -26,6 +29,9 @@ class Experts(torch.nn.Module):
     Every expert starts as `torch.nn.Linear` would: weights uniform within 1/sqrt(fan-in), drawn from torch's generator;
     biases start at zero.
     """
+
+    w_in: Any  # a parameter, or a PackedWeight
+    w_out: Any
 
     def __init__(
         self,
@@ -75,11 +81,31 @@ class Experts(torch.nn.Module):
     def reset_parameters(self) -> None:
         """Draws the weights anew; biases become zero."""
         for weight in (self.w_in, self.w_out):
+            if isinstance(weight, PackedWeight):
+                raise RuntimeError("Experts: weights that were prepacked cannot be drawn anew")
             bound = weight.shape[-1] ** -0.5
             torch.nn.init.uniform_(weight, -bound, bound)
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 torch.nn.init.zeros_(bias)
+
+    def prepack(self, *, dtype: torch.dtype | None = None) -> Experts:
+        """Packs the weights for inference on the CPU, in place; returns self.
+
+        w_in and w_out become PackedWeights (see `moe_ops.prepack`) of about their memory. They are parameters no more:
+        load or save the state before, and call the module under torch.no_grad().
+
+        Args:
+            dtype: rounds to this dtype first: that of the tokens. None: the weights' own.
+        """
+        if self.impl != "moe_ops":
+            raise ValueError(f"Experts: impl must be 'moe_ops' to prepack, got {self.impl!r}")
+        for name in ("w_in", "w_out"):
+            weight = getattr(self, name)
+            if not isinstance(weight, PackedWeight):
+                delattr(self, name)
+                setattr(self, name, packing.prepack(weight, dtype=dtype))
+        return self
 
     def forward(
         self,
@@ -102,6 +128,7 @@ class Experts(torch.nn.Module):
         Returns:
             y [tokens, hidden] in x's dtype.
         """
+        moe_mlp: Callable[..., Tensor]
         if self.impl == "moe_ops":
             moe_mlp = functional.moe_mlp
         else:

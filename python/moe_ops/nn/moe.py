@@ -139,6 +139,13 @@ class MoE(torch.nn.Module):
         y = y.reshape(x.shape)
         return y if route is None else (y, route)
 
+    def prepack(self, *, dtype: torch.dtype | None = None) -> MoE:
+        """Packs the weights of all experts for inference on the CPU, in place: see `Experts.prepack`. Returns self."""
+        for experts in (self.experts, self.shared):
+            if experts is not None:
+                experts.prepack(dtype=dtype)
+        return self
+
     def _shared_route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [tokens, 1], that send every token to the shared expert."""
         experts = torch.zeros(tokens.shape[0], 1, dtype=torch.int32, device=tokens.device)

@@ -1,0 +1,44 @@
+// What a tile of the ragged-M product multiplies, and the memory it works in.
+#pragma once
+
+#include "cpu/isa/epilogue.h"
+#include "cpu/isa/pack.h"
+#include "cpu/scratch.h"
+
+namespace moe::MOE_ISA {
+
+template <class Ar>
+struct Blocks {
+  using C = typename Ar::C;
+  using Element = typename Ar::Element;
+  alignas(64) Element a[kTileRows * RowsOfA<Ar>::kRowStride];
+  alignas(64) Element b[kTileCols * kBlockSteps];
+  alignas(64) C tile[kTileRows * kTileCols];
+
+  static Blocks& of_thread() { return *static_cast<Blocks*>(scratch(sizeof(Blocks))); }
+};
+
+// The rows of A that a tile multiplies.
+template <class X, class C>
+struct TileRows {
+  const X* rows[kTileRows];
+  C scale[kTileRows];
+  bool scaled;
+  int64_t count;
+};
+
+// The weights that a tile multiplies: `cols` columns, or as many gates and ups: rows at.gate, at.gate + at.step, ...
+// and at.up, at.up + at.step, ... of an expert.
+template <class W>
+struct TileWeights {
+  const W* data;
+  int64_t n_stride, k_stride, depth;
+  InnerColumns at;
+  int64_t cols;
+  bool gated, prepacked;
+
+  const W* run(int64_t half) const { return data + (half ? at.up : at.gate) * n_stride; }
+  int64_t col_stride() const { return at.step * n_stride; }
+};
+
+}  // namespace moe::MOE_ISA
