@@ -10,7 +10,11 @@ struct alignas(2) __half {
 
   __half() = default;
   __half(float x) : bits(std::bit_cast<uint16_t>(_Float16(x))) {}
-  operator float() const { return float(std::bit_cast<_Float16>(bits)); }
+  operator float() const {  // what the compiler's own conversion does, without its call
+    const float magnitude = std::bit_cast<float>(uint32_t(bits & 0x7fff) << 13) * 0x1p112f;
+    const uint32_t special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | special | uint32_t(bits & 0x8000) << 16);
+  }
 };
 struct alignas(4) __half2 {
   __half x, y;

@@ -18,13 +18,11 @@
 namespace simt {
 
 struct Thread {
-  enum class State : uint8_t { ready, waiting, spinning, returned };
-
   Fiber fiber;
   std::unique_ptr<Stack> stack;
   uint3 index;
   unsigned number;
-  State state = State::ready;
+  bool returned = false;
   AsyncCopies copies;
 
   // Where it last waited, and for which lanes of its warp.
@@ -80,9 +78,26 @@ class Block {
     uint32_t arrived = 0;
     std::array<void*, 32> args;
   };
+  // Threads of the block, as lanes by warp.
+  class Set {
+   public:
+    bool empty() const { return warps_ == 0; }
+    void add(unsigned warp, uint32_t lanes) { lanes_[warp] |= lanes, warps_ |= 1u << warp; }
+    void add(const Set& other) {
+      for (uint32_t left = other.warps_; left; left &= left - 1) add(lowest(left), other.lanes_[lowest(left)]);
+    }
+    unsigned first() const { return lowest(warps_) * 32 + lowest(lanes_[lowest(warps_)]); }
+    unsigned take(Random& random);
+
+   private:
+    static unsigned lowest(uint32_t bits) { return unsigned(std::countr_zero(bits)); }
+
+    uint32_t warps_ = 0, drawn_ = 0;
+    std::array<uint32_t, 32> lanes_{};
+  };
   struct Barrier {
-    unsigned threads = 0;  // that meet here
-    std::vector<Thread*> arrived;
+    unsigned threads = 0, count = 0;  // that meet here; that have come
+    Set arrived;
   };
 
   static void enter();
@@ -90,7 +105,6 @@ class Block {
             void (*call)(void (*)(), uint32_t, void**));
   void wait_at(const char* instruction, uint32_t lanes, Where where);
   void expect_same_place(const Thread& other) const;
-  void make_ready(Thread& thread);
   Thread* draw();
   void give_turn(bool ends = false);
   Thread& in_warp(unsigned lane) { return threads_[running_->number / 32 * 32 + lane]; }
@@ -99,7 +113,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::array<Barrier, 16> barriers_;
-  std::vector<Thread*> ready_, spinning_;
+  Set ready_, spinning_;
   Random random_;
   uint3 index_;
   void (*body_)(const void*);

@@ -47,9 +47,12 @@ class Stack {
 
 // What is kept of a function that does not run: the rest lies on its stack.
 struct Fiber {
-  void* stack_pointer = nullptr;  // x86-64
-  ucontext_t context;             // elsewhere
-  const void* bottom = nullptr;   // of its stack, for AddressSanitizer
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  const void* bottom = nullptr;  // of its stack, for AddressSanitizer
   size_t bytes = 0;
   void* fake_stack = nullptr;
 };

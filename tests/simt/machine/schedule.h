@@ -52,7 +52,7 @@ inline Block::Block(dim3 shape, uint3 index, size_t shared_bytes, void (*body)(c
     thread.index = {i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
     thread.stack = take_stack();
     start(thread.fiber, *thread.stack, &Block::enter);
-    ready_.push_back(&thread);
+    ready_.add(i / 32, 1u << i % 32);
   }
 }
 
@@ -69,14 +69,14 @@ inline void Block::enter() {
   } catch (...) {
     block.error_ = std::current_exception();
   }
-  self.state = Thread::State::returned;
+  self.returned = true;
   ++block.returned_;
   block.progressed_ = true;
   block.give_turn(true);
 }
 
 inline void Block::run() {
-  for (Thread* thread : std::exchange(spinning_, {})) make_ready(*thread);
+  ready_.add(std::exchange(spinning_, {}));
   progressed_ = false;
   describe_own_stack(scheduler_);
   if (Thread* first = draw()) switch_fiber(scheduler_, first->fiber);
@@ -84,17 +84,21 @@ inline void Block::run() {
   if (!finished() && spinning_.empty()) throw Error("deadlock in block " + show(index_) + ": " + waiting());
 }
 
-inline void Block::make_ready(Thread& thread) {
-  thread.state = Thread::State::ready;
-  ready_.push_back(&thread);
+// Some thread of the set, most often one of the warp that ran last: its stacks are in the cache.
+inline unsigned Block::Set::take(Random& random) {
+  const uint64_t dice = random.next();
+  const auto draw = [](uint32_t of, int from) { return unsigned(from + std::countr_zero(std::rotr(of, from))) % 32; };
+  if (!(warps_ >> drawn_ & 1) || dice >> 61 == 0) drawn_ = draw(warps_, int(dice >> 32 & 31));
+  const unsigned lane = draw(lanes_[drawn_], int(dice >> 40 & 31));
+  lanes_[drawn_] &= ~(1u << lane);
+  if (!lanes_[drawn_]) warps_ &= ~(1u << drawn_);
+  return drawn_ * 32 + lane;
 }
 
 // Takes one of the ready threads and puts its index where the kernel reads it.
 inline Thread* Block::draw() {
   if (ready_.empty()) return nullptr;
-  std::swap(ready_[random_.below(uint32_t(ready_.size()))], ready_.back());
-  running_ = ready_.back();
-  ready_.pop_back();
+  running_ = &threads_[ready_.take(random_)];
   threadIdx = running_->index;
   return running_;
 }
@@ -107,7 +111,6 @@ inline void Block::give_turn(bool ends) {
 }
 
 inline void Block::wait_at(const char* instruction, uint32_t lanes, Where where) {
-  running_->state = Thread::State::waiting;
   running_->instruction = instruction;
   running_->lanes = lanes;
   running_->where = where;
@@ -115,12 +118,14 @@ inline void Block::wait_at(const char* instruction, uint32_t lanes, Where where)
 
 inline void Block::expect_same_place(const Thread& other) const {
   const Where here = running_->where, there = other.where;
+  const auto mask = [](const Thread& thread) {
+    return std::string(thread.instruction) + (thread.lanes ? " with lanes " + hex(thread.lanes) : "");
+  };
   if (here.line() == there.line() && here.column() == there.column() && here.file_name() == there.file_name() &&
       running_->lanes == other.lanes)
     return;
-  fail(std::string("divergent barrier: ") + running_->instruction + " with lanes " + hex(running_->lanes) +
-           ", while thread " + show(other.index) + " waits in " + other.instruction + " with lanes " +
-           hex(other.lanes) + " at " + show(there),
+  fail("divergent barrier: " + mask(*running_) + ", while thread " + show(other.index) + " waits in " + mask(other) +
+           " at " + show(there) + ",",
        here);
 }
 
@@ -138,7 +143,7 @@ inline void Block::meet(const char* instruction, uint32_t lanes, void* args, voi
   if ((warp.arrived & lanes) == lanes) {
     call(act, lanes, warp.args.data());
     warp.arrived &= ~lanes;
-    for (uint32_t left = lanes; left; left &= left - 1) make_ready(in_warp(unsigned(std::countr_zero(left))));
+    ready_.add(self.number / 32, lanes);
     progressed_ = true;
   }
   give_turn();
@@ -148,18 +153,17 @@ inline void Block::meet(const char* instruction, uint32_t lanes, void* args, voi
 inline void Block::sync(unsigned barrier, unsigned threads, Where where) {
   Barrier& at = barriers_[barrier];
   wait_at(barrier == 0 ? "sync_block" : "a named barrier", 0, where);
-  if (!at.arrived.empty()) {
-    if (barrier == 0) expect_same_place(*at.arrived.front());
+  if (at.count > 0) {
+    if (barrier == 0) expect_same_place(threads_[at.arrived.first()]);
     if (at.threads != threads)
-      fail("a barrier of " + std::to_string(threads) + " threads, while others wait there for " +
-               std::to_string(at.threads),
+      fail("a barrier of " + std::to_string(threads) + " threads, where others wait for " + std::to_string(at.threads),
            where);
   }
   at.threads = threads;
-  at.arrived.push_back(running_);
-  if (at.arrived.size() == threads) {
-    for (Thread* thread : at.arrived) make_ready(*thread);
-    at.arrived.clear();
+  at.arrived.add(running_->number / 32, 1u << running_->lane());
+  if (++at.count == threads) {
+    ready_.add(at.arrived);
+    at = {};
     progressed_ = true;
   }
   give_turn();
@@ -167,8 +171,7 @@ inline void Block::sync(unsigned barrier, unsigned threads, Where where) {
 
 inline void Block::spin(Where where) {
   wait_at("wait_until", 0, where);
-  running_->state = Thread::State::spinning;
-  spinning_.push_back(running_);
+  spinning_.add(running_->number / 32, 1u << running_->lane());
   give_turn();
 }
 
@@ -176,7 +179,7 @@ inline std::string Block::waiting() const {
   std::string text;
   size_t shown = 0;
   for (const Thread& thread : threads_) {
-    if (thread.state == Thread::State::returned) continue;
+    if (thread.returned) continue;
     if (++shown > 4) continue;
     text += "thread " + show(thread.index) + " waits in " + thread.instruction + " at " + show(thread.where);
     if (thread.lanes) text += " for lanes " + hex(thread.lanes & ~warps_[thread.number / 32].arrived);
