@@ -25,7 +25,7 @@ INCLUDES = {
     "cpu": ["cpu/", "stages/", "device.h"],
     "cuda/arch": ["cuda/arch/"],
     "cuda/kernels": ["cuda/kernels/", "cuda/arch/", "stages/"],
-    "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/"],
+    "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/", "device.h"],
     "cuda": ["cuda/", "stages/", "device.h"],
     "python": ["cpu/", "cuda/launch/", "stages/"],
 }
