@@ -95,7 +95,8 @@ struct ProbabilitySums {
 };
 
 template <int kQuads, bool statistics>
-__global__ void __launch_bounds__(kRouteThreads) route_short(const __grid_constant__ RouteLaunch at) {
+__global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads)) route_short(
+    const __grid_constant__ RouteLaunch at) {
   constexpr int kValues = 4 * kQuads;
   const RouteParams& p = at.p;
   const Score score = p.options.score;
