@@ -198,8 +198,8 @@ struct RouterBackward {
 };
 
 template <int kQuads>
-__global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)) route_backward_short(
-    const __grid_constant__ RouteBackwardLaunch at) {
+__global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads))
+    route_backward_short(const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   const LaneTeam team(at.lanes);
   const int own_team = int(threadIdx.x) / at.lanes;
@@ -218,8 +218,8 @@ __global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)
   RouterBackward<LaneTeam, ShortRow<kQuads>>{at, team, row, slots, token, count}.run();
 }
 
-__global__ void __launch_bounds__(kLongBackwardThreads) route_backward_long(
-    const __grid_constant__ RouteBackwardLaunch at) {
+__global__ void __launch_bounds__(kLongBackwardThreads)
+    route_backward_long(const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   auto& shared = arch::shared<LongRouteBackwardShared>();
   const BlockTeam team(shared.team);

@@ -37,8 +37,7 @@ __device__ inline void mask_groups(const RouteParams& p, SelectShared& shared, i
     if (arch::lane_id() == 0) groups[group] = group_key(p, best);
   }
   arch::sync_block();  // the groups are written
-  const uint64_t last =
-      p.top_groups > 0 ? select(shared, groups, p.num_groups, int32_t(p.top_groups)) : kNone;
+  const uint64_t last = p.top_groups > 0 ? select(shared, groups, p.num_groups, int32_t(p.top_groups)) : kNone;
   const int32_t masked = masked_key(p);
   for (int64_t i = threadIdx.x; i < p.experts; i += blockDim.x)
     if (order_of(groups[i / size], i / size) < last) keys[i] = masked;

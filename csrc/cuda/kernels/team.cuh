@@ -60,8 +60,7 @@ struct BlockTeam {
     value = arch::reduce_max(value);
     if (rank % 32 == 0) shared.largest[rank / 32] = value;
     sync();
-    for (int warp = 0; warp < size / 32; ++warp)
-      value = shared.largest[warp] > value ? shared.largest[warp] : value;
+    for (int warp = 0; warp < size / 32; ++warp) value = shared.largest[warp] > value ? shared.largest[warp] : value;
     sync();
     return value;
   }
