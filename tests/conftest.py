@@ -1,5 +1,6 @@
 """One suite for every device: `pytest --device cpu|simt|cuda`, one process per device; `--long` adds the big cases."""
 
+import ctypes
 import os
 
 import pytest
@@ -15,8 +16,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
+    config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
     wanted = config.getoption("--device")
-    os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, which loads the libraries, and for its subprocesses
+    os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, here and in subprocesses
     if wanted != "cpu":
         try:
             from moe_ops.library import directory
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(config, items):
         skip = pytest.mark.skip(reason="long; run with --long")
         for item in items:
             if "long" in item.keywords:
+                item.add_marker(skip)
+    if config.getoption("--device") != "cpu":
+        skip = pytest.mark.skip(reason="float64 is supported on the CPU only")
+        for item in items:
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            if "float64" in item.keywords or any(value is torch.float64 for value in values):
                 item.add_marker(skip)
 
 
@@ -73,3 +81,15 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def launches(pytestconfig):
+    """Gives how many kernels the process has started, on the emulator, which counts them."""
+    if pytestconfig.getoption("--device") != "simt":
+        pytest.skip("only the emulator counts kernels")
+    from moe_ops.library import directory
+
+    count = ctypes.CDLL(str(directory() / LIBRARIES["simt"])).moe_ops_simt_launches
+    count.restype = ctypes.c_uint64
+    return count
