@@ -23,11 +23,11 @@ struct Lanes {
   Choice<1, 2, 4, 8> quads;  // of four experts, per lane
 };
 
-// Up to 64 experts several tokens share a warp; from 65 on the lanes of a warp find a maximum in one instruction.
+// Few lanes, so that what every lane does once per token is shared by the tokens of a warp: from 8 lanes on a lane
+// takes up to 16 experts before their number grows.
 Lanes lanes_for(int64_t experts) {
-  if (experts > 64) return {32, at_least<1, 2, 4, 8>(ceil_div(experts, 128))};
   int lanes = 1;
-  while (lanes < 8 && 4 * lanes < experts) lanes *= 2;
+  while (lanes < 32 && 4 * lanes * (lanes < 8 ? 1 : 4) < experts) lanes *= 2;
   return {lanes, at_least<1, 2, 4, 8>(ceil_div(experts, 4 * lanes))};
 }
 
