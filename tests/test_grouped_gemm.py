@@ -255,9 +255,8 @@ def test_agrees_with_grouped_mm_of_torch(dtype, device, instruction_set):
     a_, w_ = place(a, device).requires_grad_(), place(w, device).requires_grad_()
     out = moe_ops.grouped_gemm(a_, w_, place(offsets_of(counts), device))
     ours = out, *torch.autograd.grad(out, (a_, w_), place(gradient, device))
-    tensors = (a.double(), w.double())
-    doubles = {"a": tensors[0], "w": tensors[1]}
-    oracle = run(product(offsets_of(counts)), reference, doubles, ("a", "w"), {"result": gradient})
+    call, doubles = product(offsets_of(counts)), {"a": a.double(), "w": w.double()}
+    oracle = run(call, reference, doubles, ("a", "w"), {"result": gradient})
     for name, mine, other in zip(("result", "grad a", "grad w"), ours, theirs(a, w), strict=True):
         assert_as_accurate(mine, other, oracle[name], name)
 
