@@ -16,6 +16,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
+    config.addinivalue_line("markers", "long_emulated: needs minutes on the emulator; run with --long there")
     config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
     wanted = config.getoption("--device")
     os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, here and in subprocesses
@@ -32,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="long; run with --long")
         for item in items:
-            if "long" in item.keywords:
+            if "long" in item.keywords or ("long_emulated" in item.keywords and config.getoption("--device") == "simt"):
                 item.add_marker(skip)
     if config.getoption("--device") != "cpu":
         skip = pytest.mark.skip(reason="float64 is supported on the CPU only")

@@ -121,3 +121,20 @@ def test_gradients_accumulate_like_any_other(device):
     once = torch.autograd.grad(moe_mlp(case.ids())(moe_ops, **tensors).sum(), tensors["w_in"])[0]
     y = moe_mlp(case.ids())(moe_ops, **tensors) + moe_mlp(case.ids())(moe_ops, **tensors)
     assert_bitwise_equal(torch.autograd.grad(y.sum(), tensors["w_in"])[0], 2 * once)
+
+
+@pytest.mark.parametrize(("tokens", "plan_kernels"), [(50, 1), (2100, 3)])
+@pytest.mark.parametrize(("biased", "backward_kernels"), [(False, 6), (True, 8)])
+def test_number_of_kernels(biased, backward_kernels, tokens, plan_kernels, device, launches):
+    """Forward: the plan, two GEMMs, combine. Backward: two GEMMs, the sums of the score gradient, two weight gradients,
+    combine, and two bias gradients."""
+    case = Case("", tokens=tokens)
+    tensors = {n: place(t, device).requires_grad_() for n, t in random_tensors(case).items()}
+    if not biased:
+        del tensors["b_in"], tensors["b_out"]
+    before = launches()
+    y = moe_mlp(case.ids())(moe_ops, **tensors)
+    assert launches() - before == plan_kernels + 3
+    before = launches()
+    torch.autograd.grad(y.sum(), list(tensors.values()))
+    assert launches() - before == backward_kernels
