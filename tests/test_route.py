@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_ops
-from accuracy import assert_bitwise_equal, compare, place
+from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
 from cases import DTYPES, INF, LOGITS, NAN, constant, every_dtype, every_layout, integers, randn, same_rows, seeded
 
 SCORES = ["softmax", "softmax_selected", "sigmoid", "sqrtsoftplus", "identity"]
@@ -219,6 +219,29 @@ def test_expanded_logits_and_gradients(expand, device):
     gradients["logsumexp"] = constant(randn(20, seed=3))
     call = route(3, score="sigmoid", renormalize=True, stats=True)
     compare(call, {"logits": logits}, device, ("logits",), gradients=gradients, grad_layout=expand)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradients_of_any_experts(score, device, instruction_set):
+    """Experts that route never returns: out of range, which count nowhere, repeated, and more than there are."""
+    ids = torch.tensor([[0, 0, -1, 7, 5, 2, 2, 3, 1, 99], [6, -(2**31), 2**31 - 1, 4, 4, 4, 4, 4, 0, 5]] * 10)
+    logits, scales, gradient = randn(20, 6), randn(6, seed=1), randn(20, 10, seed=2)
+    inside = (ids >= 0) & (ids < 6)
+    slots = ids.where(inside, 0)
+
+    def transcription(dtype):
+        z, scale = logits.to(dtype).requires_grad_(), scales.to(dtype).requires_grad_()
+        s = (z.softmax(1) if score == "softmax" else z.sigmoid()).gather(1, slots) * inside
+        w = s / (s.sum(1, keepdim=True) + 0.1) * 1.5 * scale[slots]
+        return torch.autograd.grad(w, (z, scale), gradient.to(dtype))
+
+    number = {"softmax": 0, "sigmoid": 2}[score]
+    grad, z, experts, scale = (place(t, device) for t in (gradient, logits, ids.int(), scales))
+    ours = torch.ops.moe_ops.route_backward(grad, None, None, z, experts, number, scale, 1, 0.1, 1.0, 1.5, 0.0, None, 1)
+    for name, x, eager, oracle in zip(
+        ("logits", "scale"), ours, transcription(torch.float32), transcription(torch.float64), strict=True
+    ):
+        assert_as_accurate(x, eager, oracle, name)
 
 
 def test_nan_stays_in_its_token(device, instruction_set):

@@ -59,7 +59,8 @@ RouteOptions without_others(RouteOptions options, int64_t experts) {
 GroupWalk group_walk(const RouteParams& p, int lanes) {
   GroupWalk walk;
   while (2 * walk.lanes * p.num_groups <= lanes) walk.lanes *= 2;
-  walk.inverse = int((1 << GroupWalk::kInverseBits) / (p.experts / p.num_groups) + 1);
+  const int64_t size = std::max<int64_t>(p.experts / p.num_groups, 1);
+  walk.inverse = int((1 << GroupWalk::kInverseBits) / size + 1);
   return walk;
 }
 
