@@ -1,6 +1,7 @@
 // Limits a token's choice to the experts of the best groups.
 #pragma once
 
+#include "cuda/arch/memory.cuh"
 #include "cuda/kernels/rank.cuh"
 #include "stages/params.h"
 
@@ -31,7 +32,11 @@ __device__ void mask_groups(const RouteParams& p, const LaneTeam& team, const Gr
   constexpr int kValues = Ranking<kQuads>::kValues;
   const int num_groups = int(p.num_groups), size = int(p.experts) / num_groups;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) keys[ranking.ids[i]] = ranking.keys[i];
+  for (int quad = 0; quad < kValues; quad += 4) {
+    arch::Pack<int32_t, 4> four;
+    for (int i = 0; i < 4; ++i) four[i] = ranking.keys[quad + i];
+    arch::store(keys + ranking.ids[quad], four);
+  }
   team.sync();  // the keys are written
 
   // Lanes of different groups start at different places: not all in one bank.
