@@ -123,7 +123,7 @@ template <class T, int rows, int cols>
 MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile,
                                        const Products<rows, cols>& products, float* parts, int col_tiles) {
   using Math = ActivationMath<FloatMath>;
-  constexpr int pairs = cols / 64;
+  constexpr int pairs = (cols + 63) / 64;  // of columns, for a lane
   const PairRows<T> out(p.out), pre(p.pre, p.n), grad_pre(p.grad_pre, p.n);
   const Lanes lanes{};
   const auto count = [&](int pair) { return max(min(tile.cols - lanes.col - 64 * pair, 2), 0); };
@@ -151,7 +151,7 @@ MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& t
     for (int pair = 0; pair < pairs; ++pair) {
       const int n = count(pair), col = lanes.col + 64 * pair;
       const GateUpColumns at = columns(pair);
-      const float2 grad = products.pair(i, col);
+      const float2 grad = n > 0 ? products.pair(i, col) : float2{0, 0};
       const auto x = Math::backward(p.activation, h[pair].gate.x, h[pair].up.x, score * grad.x);
       const auto y = Math::backward(p.activation, h[pair].gate.y, h[pair].up.y, score * grad.y);
       const GateUp grad_h{{x.gate, y.gate}, {x.up, y.up}};
