@@ -97,8 +97,9 @@ def test_any_number_of_threads_and_run_to_run(dtype, weight_on, device, threads,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_does_not_depend_on_the_others(dtype, device, instruction_set):
-    """Alone, in a small batch, in another order: the same bits, in y and in the gradients of x and of its weights. A card
-    has another kernel for up to 64 rows in all."""
+    """Alone, in a small batch, in another order: the same bits, in y and in the gradients of x and of its weights.
+
+    A card has another kernel for up to 64 rows in all."""
     case = Case("", tokens=120, experts=5, top_k=2, hidden=130, inner=70, choose=distinct)
     tensors, ids, gradient = random_tensors(case, dtype), case.ids(), randn(120, 130, dtype=dtype, seed=9)
 
