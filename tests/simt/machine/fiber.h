@@ -39,6 +39,13 @@ class Stack {
   unsigned char* bottom() const { return pages_ + kPage; }
   size_t bytes() const { return kBytes - shift_; }
 
+  // For a function that will never go on, and leaves its frames behind.
+  void abandon() {
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(bottom(), bytes());
+#endif
+  }
+
  private:
   static constexpr size_t kPage = 4096;
   unsigned char* pages_;
@@ -72,9 +79,6 @@ inline void start(Fiber& fiber, const Stack& stack, void (*enter)()) {
   fiber.bottom = stack.bottom();
   fiber.bytes = stack.bytes();
   fiber.fake_stack = nullptr;
-#ifdef __SANITIZE_ADDRESS__
-  ASAN_UNPOISON_MEMORY_REGION(stack.bottom(), stack.bytes());  // an error leaves frames behind
-#endif
 #if defined(__x86_64__)
   auto* top = reinterpret_cast<uintptr_t*>(stack.bottom() + stack.bytes());
   top[-1] = 0;  // where a backtrace ends

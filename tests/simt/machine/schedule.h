@@ -57,7 +57,10 @@ inline Block::Block(dim3 shape, uint3 index, size_t shared_bytes, void (*body)(c
 }
 
 inline Block::~Block() {
-  for (Thread& thread : threads_) idle_stacks().push_back(std::move(thread.stack));
+  for (Thread& thread : threads_) {
+    if (!thread.returned) thread.stack->abandon();
+    idle_stacks().push_back(std::move(thread.stack));
+  }
 }
 
 inline void Block::enter() {
