@@ -45,7 +45,8 @@ struct Lanes {
 
 class Block {
  public:
-  Block(dim3 shape, uint3 index, size_t shared_bytes, void (*body)(const void*), const void* arguments, uint64_t seed);
+  Block(dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shared, void (*body)(const void*),
+        const void* arguments, uint64_t seed);
   ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -68,7 +69,7 @@ class Block {
          });
   }
   Thread& thread() { return *running_; }
-  GuardedMemory& shared() { return shared_; }
+  GuardedMemory& shared() { return *shared_; }
   uint3 index() const { return index_; }
 
   static inline Block* current = nullptr;
@@ -109,7 +110,7 @@ class Block {
   void give_turn(bool ends = false);
   Thread& in_warp(unsigned lane) { return threads_[running_->number / 32 * 32 + lane]; }
 
-  GuardedMemory shared_;
+  std::shared_ptr<GuardedMemory> shared_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::array<Barrier, 16> barriers_;

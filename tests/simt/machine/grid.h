@@ -34,6 +34,7 @@ inline void run_blocks(const Grid& at, Random& random) {
     if (block.finished()) GuardedMemory::check_guards();
     return block.finished();
   };
+  std::shared_ptr<GuardedMemory> shared;  // one for all blocks, but for those that spin
   bool progressed = true;
   for (size_t next = 0; next < order.size() || !spinning.empty();) {
     if (next == order.size() && !progressed)
@@ -49,7 +50,8 @@ inline void run_blocks(const Grid& at, Random& random) {
     const uint64_t i = order[next++];
     const uint3 index{unsigned(i % at.grid.x), unsigned(i / at.grid.x % at.grid.y),
                       unsigned(i / at.grid.x / at.grid.y)};
-    auto block = std::make_unique<Block>(at.block, index, at.shared_bytes, at.body, at.arguments, random.next());
+    if (shared.use_count() != 1) shared = std::make_shared<GuardedMemory>(at.shared_bytes, "shared memory");
+    auto block = std::make_unique<Block>(at.block, index, shared, at.body, at.arguments, random.next());
     if (!run(*block)) spinning.push_back(std::move(block));
     progressed = true;
   }

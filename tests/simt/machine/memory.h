@@ -54,7 +54,7 @@ class GuardedMemory {
       : bytes_(bytes), name_(name), begin_(static_cast<unsigned char*>(std::aligned_alloc(kAlign, extent()))) {
     if (!begin_) throw std::bad_alloc();
     std::memset(begin_, kGuardByte, extent());
-    std::memset(data(), poison(), bytes);
+    fill();
     guard(true);
     known().emplace(uintptr_t(begin_), this);
   }
@@ -66,6 +66,7 @@ class GuardedMemory {
   GuardedMemory(const GuardedMemory&) = delete;
   GuardedMemory& operator=(const GuardedMemory&) = delete;
 
+  void fill() { std::memset(data(), poison(), bytes_); }
   unsigned char* data() const { return begin_ + kGuard; }
   size_t bytes() const { return bytes_; }
   const char* name() const { return name_; }

@@ -37,15 +37,16 @@ inline std::unique_ptr<Stack> take_stack() {
   return stack;
 }
 
-inline Block::Block(dim3 shape, uint3 index, size_t shared_bytes, void (*body)(const void*), const void* arguments,
-                    uint64_t seed)
-    : shared_(shared_bytes, "shared memory"),
+inline Block::Block(dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shared, void (*body)(const void*),
+                    const void* arguments, uint64_t seed)
+    : shared_(std::move(shared)),
       threads_(size_t(shape.x) * shape.y * shape.z),
       warps_((threads_.size() + 31) / 32),
       random_(seed),
       index_(index),
       body_(body),
       arguments_(arguments) {
+  shared_->fill();
   for (unsigned i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
     thread.number = i;
