@@ -22,7 +22,7 @@ OPERATORS = (
     "moe_mlp_backward",
 )
 
-# What runs on CPU tensors: the kernels of the CPU or, with MOE_OPS_DEVICE=simt, those of CUDA on an emulator, for tests.
+# What runs on CPU tensors: the CPU's kernels or, with MOE_OPS_DEVICE=simt, those of CUDA on an emulator, for tests.
 EMULATED = os.environ.get("MOE_OPS_DEVICE") == "simt"
 LIBRARIES = ("libmoe_ops.so", "libmoe_ops_simt.so" if EMULATED else "libmoe_ops_cpu.so")
 OLDEST_TORCH = (2, 10)
