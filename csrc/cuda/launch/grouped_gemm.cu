@@ -1,9 +1,9 @@
 // Starts the ragged-M grouped GEMM and, behind its backward epilogue, the sum of the score gradients.
-#include "cuda/kernels/grouped_gemm.cuh"
-#include "cuda/kernels/score_grad.cuh"
+#include "cuda/launch/grouped_gemm.h"
 
 #include <algorithm>
 
+#include "cuda/kernels/grouped_gemm.cuh"
 #include "cuda/launch/gemm_config.h"
 #include "cuda/launch/variant.h"
 #include "device.h"
@@ -22,20 +22,6 @@ void start(const GroupedGemmParams& p, const TileGrid& grid, float* partial_scor
           .shared_bytes = sizeof(Shared),
           .stream = device.stream()},
          grouped_gemm_kernel<T, Config, k_major, direct>, p, grid, partial_score);
-}
-
-// The sum of the score gradient's parts; slots without a row get zeros.
-template <class T>
-void add_score_grad(const GroupedGemmParams& p, const float* parts, int col_tiles, const Device& device) {
-  const TileGrid grid{.offsets = p.offsets,
-                      .num_experts = int(p.num_experts),
-                      .num_rows = p.num_rows,
-                      .num_cols = 1,
-                      .rows = 32,
-                      .cols = 1};
-  const int blocks = std::min(grid.most_tiles(), device.processors() * 16);
-  launch({.grid = unsigned(blocks), .block = kScoreGradThreads, .stream = device.stream()}, score_grad_kernel<T>, p,
-         grid, parts, col_tiles);
 }
 
 template <class T>
@@ -62,7 +48,7 @@ void multiply(const GroupedGemmParams& p, const Device& device) {
         else start<T, SmallTiles, k_major, true>(p, grid, parts, device);
       },
       flag(p.weight.k_stride == 1), flag(direct));
-  if (p.grad_score) add_score_grad<T>(p, parts, col_tiles, device);
+  if (p.grad_score) sum_score_gradients(p, parts, col_tiles, device);
 }
 
 }  // namespace
@@ -71,6 +57,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Device& device) {
   if (p.grad_score)
     check(cudaMemsetAsync(p.grad_score, 0, size_t(p.a.num_rows * p.a.width) * sizeof(float), device.stream()));
   if (p.num_rows == 0) return;
+  if (p.num_rows <= kFewRowsOfProblem) return grouped_gemm_few_rows(p, device);
   std::visit([&](auto type) { multiply<typename decltype(type)::type>(p, device); },
              float_type(p.a.rows.dtype, "grouped_gemm"));
 }
