@@ -50,12 +50,10 @@ def test_float64_is_refused_where_there_is_none(name, device):
 
 @pytest.fixture
 def make(device):
-    """For gradcheck, which asks for float64."""
-    if torch.float64 != WIDEST:
-        pytest.skip("float64 is supported on the CPU only")
-    return Maker(device, torch.float64, grad=True)
+    return Maker(device, WIDEST, grad=True)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("renormalize", RENORMALIZE)
 @pytest.mark.parametrize("score", SCORES)
 def test_gradient_of_route(score, renormalize, make):
@@ -71,6 +69,7 @@ def test_gradient_of_route(score, renormalize, make):
     assert gradcheck(call, (make(T, E), make(E)))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     "options",
     [
@@ -93,18 +92,21 @@ def test_gradient_of_route_options(options, make):
     assert gradcheck(lambda logits: moe_ops.route(logits, K, **options)[0], (make(T, E),))
 
 
+@pytest.mark.float64
 def test_gradient_of_each_route_output_alone(make):
     logits = make(T, E)
     for output in ("weights", "mean_prob", "logsumexp"):
         assert gradcheck(lambda z, output=output: getattr(moe_ops.route(z, K, stats=True), output), (logits,))
 
 
+@pytest.mark.float64
 def test_gradients_of_permute(make):
     plan = make.plan()
     assert gradcheck(lambda x: moe_ops.permute(x, plan), (make(T, H),))
     assert gradgradcheck(lambda x: moe_ops.permute(x, plan), (make(T, H),))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("biased", (False, True))
 @pytest.mark.parametrize("gather", (False, True))
 @pytest.mark.parametrize("transposed", (False, True))
@@ -119,6 +121,7 @@ def test_gradient_of_grouped_gemm(transposed, gather, biased, make):
     assert gradcheck(call, (make(T if gather else T * K, H), weight, *([make(E, INNER)] if biased else [])))
 
 
+@pytest.mark.float64
 def test_gradients_of_combine(make):
     plan = make.plan()
     assert gradcheck(lambda rows, weights: moe_ops.combine(rows, weights, plan), (make(T * K, H), make(T, K)))
@@ -126,6 +129,7 @@ def test_gradients_of_combine(make):
     assert gradgradcheck(lambda rows: moe_ops.combine(rows, None, plan), (make(T * K, H),))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("weight_on", ("output", "input"))
 @pytest.mark.parametrize("kind", ("plain", "concatenated", "interleaved"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -147,6 +151,7 @@ def test_gradient_of_moe_mlp(activation, kind, weight_on, make):
     assert gradcheck(call, (make(T, H), make(T, K), make(E, pre, H), make(E, H, INNER), *biases))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("hidden, inner", [(H, 0), (0, INNER)])
 def test_gradient_of_moe_mlp_without_inner_or_hidden(hidden, inner, make):
     """Without inner columns the output is the bias, and the weights still have a gradient."""
@@ -158,6 +163,7 @@ def test_gradient_of_moe_mlp_without_inner_or_hidden(hidden, inner, make):
     assert gradcheck(call, (tensors[0], make(T, K), *tensors[1:]))
 
 
+@pytest.mark.float64
 def test_gradient_of_a_whole_layer(make):
     def call(x, router, w_in, w_out):
         weights, experts = moe_ops.route(x @ router.t(), K, renormalize=True)

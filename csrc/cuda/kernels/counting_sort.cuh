@@ -65,8 +65,8 @@ struct SortChunk {
 // out[e] = slots of expert e in begin..end.
 __device__ inline void count_tile(const CountingSort& sort, PlanShared& shared, int64_t begin, int64_t end,
                                   int32_t* out) {
-  for (int32_t first = 0; first < sort.num_experts; first += kPlanWindow) {
-    const int32_t width = min(kPlanWindow, sort.num_experts - first);
+  for (int64_t window = 0; window < sort.num_experts; window += kPlanWindow) {
+    const int32_t first = int32_t(window), width = min(kPlanWindow, sort.num_experts - first);
     clear_counts(shared, width);
     for (int64_t at = begin; at < end; at += kPlanChunk) SortChunk(sort, at, end).count(shared, first, width);
     arch::sync_block();  // all warps have counted
@@ -181,8 +181,8 @@ __device__ inline void place_tile(const CountingSort& sort, PlanShared& shared, 
                                   int64_t end) {
   PlacedRows rows;
   if (tile == 0 && threadIdx.x == 0 && sort.offsets) sort.offsets[0] = 0;
-  for (int32_t first = 0; first < sort.num_experts; first += kPlanWindow) {
-    const int32_t width = min(kPlanWindow, sort.num_experts - first);
+  for (int64_t window = 0; window < sort.num_experts; window += kPlanWindow) {
+    const int32_t first = int32_t(window), width = min(kPlanWindow, sort.num_experts - first);
     begin_window(sort, shared, tile, first, rows);
     for (int64_t at = begin; at < end; at += kPlanChunk) {
       SortChunk chunk(sort, at, end);

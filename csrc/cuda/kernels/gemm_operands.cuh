@@ -80,11 +80,12 @@ MOE_INLINE arch::Pack<T, 16 / sizeof(T)> read_chunk(const S* from, int n, const 
   return out;
 }
 
-// Begins to bring a chunk to shared memory. direct: the source is known to be aligned, unscaled and of type T.
+// Begins to bring a chunk to shared memory; where none of it is there, `offset` may lie anywhere. direct: the source is
+// known to be aligned, unscaled and of type T.
 template <class T, bool direct>
 MOE_INLINE void load_chunk(T* to, const Source& source, int64_t offset, int n, float scale = 1) {
   if (direct || (source.aligned && !source.scaled && source.dtype == dtype_of<T>)) {
-    arch::copy_async_16(to, static_cast<const T*>(source.data) + offset, n * int(sizeof(T)));
+    arch::copy_async_16(to, static_cast<const T*>(source.data) + (n > 0 ? offset : 0), n * int(sizeof(T)));
   } else if (source.dtype == dtype_of<T>) {
     arch::store(to, read_chunk<T>(static_cast<const T*>(source.data) + offset, n, source, scale));
   } else {

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_one_block_kernel(const _
     arch::sync_block();  // what the first sort has written may be read by the block
     if (pass == 1 || !steps.drops_least) continue;
     const DropTeam team{.first_warp = warp_id(), .warps = 1};
-    for (int32_t e = warp_id(); e < steps.drop.num_experts; e += kPlanWarps) drop_least(steps.drop, shared, team, e);
+    for (int64_t e = warp_id(); e < steps.drop.num_experts; e += kPlanWarps)
+      drop_least(steps.drop, shared, team, int32_t(e));
     arch::sync_block();  // the slots that stay are known
   }
 }

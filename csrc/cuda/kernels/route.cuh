@@ -52,12 +52,12 @@ __device__ void weigh(const RouteParams& p, const Team& team, int64_t token, int
     for (int64_t k = team.rank; k < count; k += team.size) softmax.max = fmaxf(softmax.max, z(k));
     softmax.max = value_of(team.max(key_of(softmax.max)));
     for (int64_t k = team.rank; k < count; k += team.size) softmax.sum += softmax.exponential(z(k));
-    softmax.sum = team.sum(softmax.sum);
+    softmax.sum = float(team.sum(softmax.sum));
   }
-  float sum = 0;
+  double sum = 0;
   for (int64_t k = team.rank; k < count; k += team.size)
     sum += term(p.options, chosen_score(p.options.score, z(k), softmax));
-  const float by = denominator(p.options, team.sum(sum)), scale = float(p.options.scale);
+  const float by = float(denominator(p.options, team.sum(sum))), scale = float(p.options.scale);
 
   float* weights = static_cast<float*>(p.weights) + token * p.top_k;
   const bool counted = statistics.counts && counts_somewhere(segment, p.num_segments);
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads))
       const float log_sum = log_sum_exp(team, row, softmax);
       if (active && team.rank == 0) static_cast<float*>(p.logsumexp)[token] = log_sum;
       probabilities.begin(at, row, segment);
-      const float sum = is_elementwise(score) ? team.sum(row.sum([&](float z, int) { return score_of(score, z); })) : 1;
+      const float sum =
+          is_elementwise(score) ? float(team.sum(row.sum([&](float z, int) { return score_of(score, z); }))) : 1;
       row.each([&](float z, int, int i) {
         probabilities.sums[i] += is_elementwise(score) ? score_of(score, z) / sum : softmax(z);
       });

@@ -68,7 +68,8 @@ __device__ void add_statistics(const RouteLaunch& at, const Team& team, const Lo
   const Score score = p.options.score;
   const float log_sum = log_sum_exp(team, row, softmax);
   if (team.rank == 0) static_cast<float*>(p.logsumexp)[token] = log_sum;
-  const float sum = is_elementwise(score) ? team.sum(row.sum([&](float z, int) { return score_of(score, z); })) : 1;
+  const float sum =
+      is_elementwise(score) ? float(team.sum(row.sum([&](float z, int) { return score_of(score, z); }))) : 1;
   if (!counts_somewhere(segment, p.num_segments)) return;
   const int64_t cells = (int64_t(blockIdx.x) % at.statistics.replicas * p.num_segments + segment) * p.experts;
   row.each([&](float z, int id, float) {
