@@ -15,9 +15,10 @@ inline constexpr int kBiasGradVector = 16 / sizeof(T);
 template <class T>
 inline constexpr int kBiasGradCols = kBiasGradLanes * kBiasGradVector<T>;
 
+// Value v of a lane is [v * kBiasGradLanes + lane] of its group; padded so that a store meets every bank once.
 template <class T>
 struct BiasGradShared {
-  double sums[kBiasGradGroups][kBiasGradCols<T>];
+  double sums[kBiasGradGroups][kBiasGradCols<T> + kBiasGradLanes];
 };
 
 struct BiasGradLaunch {
@@ -64,21 +65,23 @@ __device__ __forceinline__ void store_value(void* to, Dtype dtype, int64_t i, fl
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBiasGradThreads) grouped_gemm_bias_grad(const __grid_constant__ BiasGradLaunch at) {
+__global__ void __launch_bounds__(kBiasGradThreads, 2)
+    grouped_gemm_bias_grad(const __grid_constant__ BiasGradLaunch at) {
   constexpr int kVector = kBiasGradVector<T>, kCols = kBiasGradCols<T>;
   auto& shared = arch::shared<BiasGradShared<T>>();
   const int64_t expert = blockIdx.x / at.col_blocks, col_begin = blockIdx.x % at.col_blocks * kCols;
-  const int group = int(threadIdx.x) / kBiasGradLanes, lane_col = int(threadIdx.x) % kBiasGradLanes * kVector;
+  const int group = int(threadIdx.x) / kBiasGradLanes, lane = int(threadIdx.x) % kBiasGradLanes;
   const RowRange rows = rows_of_expert(at.p.offsets, expert, at.p.num_rows);
 
   double sum[kVector] = {};
-  if (col_begin + lane_col < at.p.n) sum_rows<T>(at, rows.begin + group, rows.end, col_begin + lane_col, sum);
+  const int64_t first_col = col_begin + lane * kVector;
+  if (first_col < at.p.n) sum_rows<T>(at, rows.begin + group, rows.end, first_col, sum);
 
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) shared.sums[group][lane_col + v] = sum[v];
+  for (int v = 0; v < kVector; ++v) shared.sums[group][v * kBiasGradLanes + lane] = sum[v];
   arch::sync_block();  // every group's sums are there
-  const int64_t col = col_begin + threadIdx.x;
-  if (threadIdx.x >= kCols || col >= at.p.n) return;
+  const int64_t col = first_col + group;
+  if (group >= kVector || col >= at.p.n) return;
   double total = 0;
   for (int g = 0; g < kBiasGradGroups; ++g) total += shared.sums[g][threadIdx.x];
   store_value(at.p.out, at.p.out_dtype, expert * at.p.n + col, float(total));

@@ -27,8 +27,8 @@ struct FewRowsLaunch {
   GroupedGemmParams p;
   TileGrid grid;
   float* partial_score;  // [R, tiles of columns], see the epilogue
-  int64_t splits;        // blocks that share the reduction of a tile
-  float* partial;        // [tiles, splits, kFewRows<T>, columns of a tile] where there are several
+  int splits;            // blocks that share the reduction of a tile
+  float* partial;        // [tiles, splits, rows of a tile, columns of a tile] where there are several
 };
 
 // f(row, col) for the products of a tile, shared out to the threads of a block.
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
   constexpr int kCols = Arithmetic::kCols;
   auto& shared = arch::shared<FewRowsShared<T, Arithmetic>>();
   const GroupedGemmParams& p = at.p;
-  const int64_t index = blockIdx.x / at.splits, split = blockIdx.x % at.splits;
+  const int index = int(blockIdx.x) / at.splits, split = int(blockIdx.x) % at.splits;
   TileWalk walk(at.grid);
   if (!walk.seek(index)) return;
   const Tile tile = walk.tile();
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
     return sum;
   };
   if (at.splits > 1) {
-    float* const to = at.partial + (index * at.splits + split) * kFewRows<T> * kCols;
+    float* const to = at.partial + (int64_t(index) * at.splits + split) * kFewRows<T> * kCols;
     for_each_product<kCols>(tile, [&](int row, int col) { to[row * kCols + col] = sum(row, col); });
     return;
   }
@@ -99,14 +99,14 @@ __global__ void __launch_bounds__(kFewRowsThreads, 4)
     grouped_gemm_few_rows_finish(const __grid_constant__ FewRowsLaunch at) {
   auto& products = arch::shared<Products<kFewRows<T>, cols>>();
   TileWalk walk(at.grid);
-  if (!walk.seek(blockIdx.x)) return;
+  if (!walk.seek(int(blockIdx.x))) return;
   const Tile tile = walk.tile();
   if (tile.expert == at.p.num_experts) return;
 
-  const float* const parts = at.partial + blockIdx.x * at.splits * kFewRows<T> * cols;
+  const float* const parts = at.partial + int64_t(blockIdx.x) * at.splits * kFewRows<T> * cols;
   for_each_product<cols>(tile, [&](int row, int col) {
     float sum = 0;
-    for (int64_t split = 0; split < at.splits; ++split) sum += parts[(split * kFewRows<T> + row) * cols + col];
+    for (int split = 0; split < at.splits; ++split) sum += parts[(split * kFewRows<T> + row) * cols + col];
     *products.at(row, col) = sum + few_rows_bias<cols>(at.p, tile, col);
   });
   arch::sync_block();  // the products are complete

@@ -24,10 +24,10 @@ void start(const GroupedGemmParams& p, const Device& device) {
                             .cols = halves ? kCols / 2 : kCols},
                    .splits = 1};
   // Tiles are counted without the offsets. A block's warps should have some steps each.
-  const int64_t tiles = at.grid.most_tiles(), most_splits = p.k / (4 * kFewRowsWarps * Arithmetic::kDepth);
-  at.splits = std::max<int64_t>(std::min(device.processors() / tiles, most_splits), 1);
+  const int tiles = at.grid.most_tiles(), most_splits = int(p.k / (4 * kFewRowsWarps * Arithmetic::kDepth));
+  at.splits = std::max(std::min(device.processors() / tiles, most_splits), 1);
   if (at.splits > 1)
-    at.partial = static_cast<float*>(device.scratch(tiles * at.splits * kFewRows<T> * kCols * int64_t(sizeof(float))));
+    at.partial = static_cast<float*>(device.scratch(int64_t(sizeof(float)) * tiles * at.splits * kFewRows<T> * kCols));
   if (p.grad_score)
     at.partial_score = static_cast<float*>(device.scratch(p.num_rows * at.grid.col_tiles() * int64_t(sizeof(float))));
 
