@@ -37,6 +37,14 @@ __device__ __forceinline__ uint32_t match(int32_t value, uint32_t lanes = kAllLa
   return __match_any_sync(lanes, value);
 }
 
+// The largest and the smallest value of the lanes.
+__device__ __forceinline__ int32_t reduce_max(int32_t value, uint32_t lanes = kAllLanes) {
+  return __reduce_max_sync(lanes, value);
+}
+__device__ __forceinline__ int32_t reduce_min(int32_t value, uint32_t lanes = kAllLanes) {
+  return __reduce_min_sync(lanes, value);
+}
+
 __device__ __forceinline__ void sync_warp(uint32_t lanes = kAllLanes) { __syncwarp(lanes); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
