@@ -1,5 +1,7 @@
 """One suite for every device: `pytest --device cpu|simt|cuda`, one process per device; `--long` adds the big cases."""
 
+import os
+
 import pytest
 import torch
 
@@ -14,9 +16,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
     wanted = config.getoption("--device")
+    os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, which loads the libraries, and for its subprocesses
     if wanted != "cpu":
-        from moe_ops.library import directory
-
+        try:
+            from moe_ops.library import directory
+        except ImportError as error:
+            raise pytest.UsageError(f"--device {wanted}: {error}") from None
         if not (directory() / LIBRARIES[wanted]).is_file():
             raise pytest.UsageError(f"--device {wanted}: {LIBRARIES[wanted]} was not built")
 
