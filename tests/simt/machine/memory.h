@@ -89,9 +89,8 @@ class GuardedMemory {
       for (size_t i = 0; i < memory->extent(); ++i) {
         if (i == kGuard) i += memory->bytes_;
         if (i < memory->extent() && memory->begin_[i] != kGuardByte)
-          fail("a store out of bounds: byte " + std::to_string(int64_t(i) - int64_t(kGuard)) + " of " + memory->name_ +
-                   " of " + std::to_string(memory->bytes_) + " bytes was written",
-               Where::current());
+          throw Error("a store out of bounds: byte " + std::to_string(int64_t(i) - int64_t(kGuard)) + " of " +
+                      memory->name_ + " of " + std::to_string(memory->bytes_) + " bytes was written");
       }
       memory->guard(true);
     }
