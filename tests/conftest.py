@@ -15,8 +15,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
+    config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
     wanted = config.getoption("--device")
-    os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, which loads the libraries, and for its subprocesses
+    os.environ["MOE_OPS_DEVICE"] = (
+        wanted  # before moe_ops is imported, which loads the libraries, and for its subprocesses
+    )
     if wanted != "cpu":
         try:
             from moe_ops.library import directory
@@ -31,6 +34,12 @@ def pytest_collection_modifyitems(config, items):
         skip = pytest.mark.skip(reason="long; run with --long")
         for item in items:
             if "long" in item.keywords:
+                item.add_marker(skip)
+    if config.getoption("--device") != "cpu":
+        skip = pytest.mark.skip(reason="float64 is supported on the CPU only")
+        for item in items:
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            if "float64" in item.keywords or any(value is torch.float64 for value in values):
                 item.add_marker(skip)
 
 

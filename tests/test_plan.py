@@ -93,6 +93,7 @@ def test_probability_order(dtype, device):
         assert_plan(ours, by_hand(ids, 1, capacity, "probability", weights))
 
 
+@pytest.mark.float64
 def test_probability_compares_float64_weights_exactly(device):
     weights = torch.tensor([[1.0, 1.0 + 2**-50]], dtype=torch.float64)
     ids = torch.zeros(1, 2, dtype=torch.int32)
