@@ -17,9 +17,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
     config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
     wanted = config.getoption("--device")
-    os.environ["MOE_OPS_DEVICE"] = (
-        wanted  # before moe_ops is imported, which loads the libraries, and for its subprocesses
-    )
+    os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, here and in subprocesses
     if wanted != "cpu":
         try:
             from moe_ops.library import directory

@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kRouteThreads) route_short(const __grid_consta
     const int64_t token = active ? wanted : p.tokens - 1;
 
     row.load(p.logits, token, at.aligned);
-    if (!on_scores) row.each([&](float logit, int, int i) { ranking.keys[i] = key_of(logit); });
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) ranking.keys[i] = key_of(row.logit(i));
     row.cap();
     Softmax softmax{};
     if (score == Score::softmax || statistics) softmax = softmax_of(team, row);

@@ -76,7 +76,7 @@ class ShortRow {
   __device__ int experts() const { return experts_; }
   __device__ int id(int i) const { return first_ + i / 4 * step_ + i % 4; }
 
-  // The logits themselves, until capped() is called.
+  // The logits themselves, until cap() is called.
   __device__ void load(const Matrix& from, int64_t token, bool aligned) {
     with_type(from.dtype, [&](auto zero) {
       const auto* row = static_cast<const decltype(zero)*>(from.data) + token * from.stride;
@@ -92,6 +92,9 @@ class ShortRow {
       if (id(i) < experts_) value(i) = softcap_.tangent(value(i));
   }
 
+  // Before cap().
+  __device__ float logit(int i) const { return quads_[i / 4][i % 4]; }
+
   // f(z, id, i) for this thread's values, i = 0 .. kValues - 1.
   template <class F>
   __device__ __forceinline__ void each(const F& f) const {
@@ -99,11 +102,16 @@ class ShortRow {
     for (int i = 0; i < kValues; ++i) f(softcap_.z(quads_[i / 4][i % 4]), id(i), i);
   }
 
-  // This thread's part of the sum of f(z, id).
+  // This thread's part of the sum of f(z, id): of quads in float32, of those in float64, so that its error does not
+  // grow with the number of experts.
   template <class F>
-  __device__ __forceinline__ float sum(const F& f) const {
-    float total = 0;
-    each([&](float z, int id, int) { total += f(z, id); });
+  __device__ __forceinline__ double sum(const F& f) const {
+    double total = 0;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      auto value = [&](int i) { return f(softcap_.z(quads_[q][i]), id(4 * q) + i); };
+      total += double((value(0) + value(1)) + (value(2) + value(3)));
+    }
     return total;
   }
 
@@ -155,7 +163,6 @@ class LongRow {
     }
   }
 
-  // In float64, so that its error does not grow with the number of experts.
   template <class F>
   __device__ __forceinline__ double sum(const F& f) const {
     double total = 0;

@@ -11,12 +11,12 @@ struct LaneTeam {
 
   __device__ explicit LaneTeam(int size) : size(size), rank(arch::lane_id() & (size - 1)) {}
 
-  // In every lane the same sum, of pairs of halves.
-  __device__ float sum(float value) const {
+  // In float64, so that the result is rounded once; the same in every lane.
+  __device__ float sum(double value) const {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
       if (distance < size) value += arch::shuffle_xor(value, distance);
-    return value;
+    return float(value);
   }
 
   __device__ int32_t max(int32_t value) const {

@@ -1,11 +1,13 @@
-// Starts route: up to 1024 experts in registers, more by a block per token; statistics are sums of integers that a last
-// kernel turns into means.
+// Starts route and its backward: up to 1024 experts in registers, more by a block per token. Statistics are sums of
+// integers that a last kernel turns into means.
 #include <algorithm>
 #include <cmath>
 
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/route.cuh"
+#include "cuda/kernels/route_backward.cuh"
 #include "cuda/kernels/route_long.cuh"
+#include "cuda/kernels/route_scale_grad.cuh"
 #include "cuda/launch/variant.h"
 #include "device.h"
 
@@ -115,12 +117,62 @@ RouteStatistics begin_statistics(const RouteParams& p, const Device& device) {
   return sums;
 }
 
+void launch_backward_short(RouteBackwardLaunch at, const Lanes& lanes, const Device& device) {
+  at.lanes = lanes.lanes;
+  std::visit(
+      [&](auto quads) {
+        launch({.grid = unsigned(ceil_div(at.p.tokens, kBackwardThreads / at.lanes)),
+                .block = kBackwardThreads,
+                .shared_bytes = sizeof(RouteBackwardShared<quads>),
+                .stream = device.stream()},
+               route_backward_short<quads>, at);
+      },
+      lanes.quads);
+}
+
+void launch_backward_long(RouteBackwardLaunch at, const Device& device) {
+  const int64_t blocks = std::min<int64_t>(at.p.tokens, 4 * device.processors());
+  if (at.p.top_k > kSharedSlots && blocks > 0) {
+    const int64_t slots = blocks * at.p.top_k;
+    auto* memory = static_cast<float*>(device.scratch(3 * slots * 4));
+    at.slots = {.ids = reinterpret_cast<int32_t*>(memory), .scores = memory + slots, .grads = memory + 2 * slots};
+  }
+  launch({.grid = unsigned(blocks),
+          .block = kLongBackwardThreads,
+          .shared_bytes = sizeof(LongRouteBackwardShared),
+          .stream = device.stream()},
+         route_backward_long, at);
+}
+
+// How many chunks there are depends on shapes alone, and so does the result.
+void sum_scale_terms(const RouteBackwardParams& p, const float* terms, const Device& device) {
+  const int64_t rows = p.tokens * p.top_k, chunks = std::clamp<int64_t>(rows / 4096, 1, 256);
+  const int64_t expert_blocks = ceil_div(p.experts, kScaleGradThreads);
+  const ScaleGradLaunch at{
+      .chosen = p.chosen,
+      .terms = terms,
+      .rows = rows,
+      .experts = p.experts,
+      .chunks = chunks,
+      .chunk_rows = ceil_div(rows, chunks),
+      .partial = static_cast<double*>(device.scratch(std::max<int64_t>(chunks * p.experts, 1) * 8)),
+      .out = static_cast<float*>(p.grad_expert_scale),
+  };
+  launch({.grid = unsigned(expert_blocks * chunks),
+          .block = kScaleGradThreads,
+          .shared_bytes = sizeof(ScaleGradShared),
+          .stream = device.stream()},
+         scale_grad_of_chunks, at);
+  launch({.grid = unsigned(expert_blocks), .block = kScaleGradThreads, .stream = device.stream()}, scale_grad, at);
+}
+
 }  // namespace
 
 void route(const RouteParams& p, const Device& device) {
   float_type(p.logits.dtype, "route");  // throws for float64
   RouteLaunch at{.p = p, .aligned = reads_quads(p.logits)};
-  if (!choice_is_on_scores(p)) at.p.options = without_others(p.options, p.experts);
+  if (p.experts == 0) at.p.num_groups = 1;
+  if (!choice_is_on_scores(at.p)) at.p.options = without_others(p.options, p.experts);
   if (p.counts) at.statistics = begin_statistics(p, device);
   if (p.experts <= kShortExperts) launch_short(at, device);
   else launch_long(at, device);
@@ -135,6 +187,30 @@ void route(const RouteParams& p, const Device& device) {
                           .cells = cells,
                           .counts = p.counts,
                           .mean_prob = static_cast<float*>(p.mean_prob)});
+}
+
+void route_backward(const RouteBackwardParams& p, const Device& device) {
+  float_type(p.logits.dtype, "route_backward");  // throws for float64
+  RouteBackwardLaunch at{
+      .p = p, .reads_quads = reads_quads(p.logits), .writes_quads = reads_quads(p.grad_logits)};
+  if (p.grad_mean_prob && p.segments) {
+    const int64_t bytes = p.num_segments * 4;
+    auto* tokens = static_cast<int32_t*>(device.scratch(std::max<int64_t>(bytes, 1)));
+    check(cudaMemsetAsync(tokens, 0, size_t(bytes), device.stream()));
+    count_tokens(p.segments, p.tokens, p.num_segments, tokens, device);
+    at.tokens_of_segment = tokens;
+  }
+  const bool of_scale = p.expert_scale && p.grad_weights;
+  if (of_scale)
+    at.scale_terms = static_cast<float*>(device.scratch(std::max<int64_t>(p.tokens * p.top_k, 1) * 4));
+
+  const Lanes lanes = lanes_for(p.experts);
+  const int64_t slots = std::visit([&](auto quads) { return int64_t(4 * quads * lanes.lanes); }, lanes.quads);
+  if (p.experts <= kShortExperts && p.top_k <= slots) launch_backward_short(at, lanes, device);
+  else launch_backward_long(at, device);
+
+  if (of_scale) sum_scale_terms(p, at.scale_terms, device);
+  else if (p.expert_scale) check(cudaMemsetAsync(p.grad_expert_scale, 0, size_t(p.experts * 4), device.stream()));
 }
 
 }  // namespace moe

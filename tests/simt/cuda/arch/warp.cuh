@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <functional>
 
 #include "machine/schedule.h"
 
@@ -85,6 +86,31 @@ inline uint32_t match(int32_t value, uint32_t lanes = kAllLanes, simt::Where whe
       },
       where);
   return args.got;
+}
+
+// The best value of the lanes, by a comparison.
+template <class Better>
+int32_t reduce(const char* instruction, int32_t value, uint32_t lanes, simt::Where where) {
+  int32_t best = value;
+  simt::Block::current->together<int32_t>(
+      instruction, lanes, best,
+      [](const simt::Lanes<int32_t>& all) {
+        const int32_t* found = nullptr;
+        for (unsigned lane = 0; lane < 32; ++lane)
+          if (all.has(lane) && (!found || Better()(all[lane], *found))) found = &all[lane];
+        const int32_t value = *found;
+        for (unsigned lane = 0; lane < 32; ++lane)
+          if (all.has(lane)) all[lane] = value;
+      },
+      where);
+  return best;
+}
+
+inline int32_t reduce_max(int32_t value, uint32_t lanes = kAllLanes, simt::Where where = simt::Where::current()) {
+  return reduce<std::greater<int32_t>>("reduce_max", value, lanes, where);
+}
+inline int32_t reduce_min(int32_t value, uint32_t lanes = kAllLanes, simt::Where where = simt::Where::current()) {
+  return reduce<std::less<int32_t>>("reduce_min", value, lanes, where);
 }
 
 inline void sync_warp(uint32_t lanes = kAllLanes, simt::Where where = simt::Where::current()) {
