@@ -74,14 +74,11 @@ foreach(entry IN LISTS CMAKE_CUDA_ARCHITECTURES)
 endforeach()
 string(STRIP "${cuda_architectures}" cuda_architectures)
 
-set(CMAKE_CUDA_STANDARD 20)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_EXTENSIONS OFF)
-set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # linked by its path below: PyPI's packages have no libcudart.so without a number
 cmake_path(GET CMAKE_CUDA_COMPILER PARENT_PATH nvcc_dir)
 set(ENV{LIBRARY_PATH} "${nvcc_dir}/../lib:$ENV{LIBRARY_PATH}")  # PyPI's nvcc expects lib64, and is first tried by linking
 enable_language(CUDA)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 string(REGEX MATCH "^[0-9]+" cuda_major ${CMAKE_CUDA_COMPILER_VERSION})
 string(REGEX MATCH "^[0-9]+\\.[0-9]+" cuda_version ${CMAKE_CUDA_COMPILER_VERSION})
 find_library(cudart libcudart.so.${cuda_major} PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} ${nvcc_dir}/../lib REQUIRED)
