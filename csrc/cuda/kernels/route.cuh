@@ -94,12 +94,13 @@ struct ProbabilitySums {
   }
 };
 
-template <int kQuads>
-__global__ void __launch_bounds__(kRouteThreads) route_short(const __grid_constant__ RouteLaunch at) {
+template <int kQuads, bool statistics>
+__global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads)) route_short(
+    const __grid_constant__ RouteLaunch at) {
   constexpr int kValues = 4 * kQuads;
   const RouteParams& p = at.p;
   const Score score = p.options.score;
-  const bool on_scores = choice_is_on_scores(p), statistics = at.statistics.counts;
+  const bool on_scores = choice_is_on_scores(p);
   const LaneTeam team(at.lanes);
   const int teams = kRouteThreads / at.lanes, own_team = int(threadIdx.x) / at.lanes;
   const int64_t block_first = int64_t(blockIdx.x) * teams * at.tokens_each;

@@ -198,7 +198,7 @@ struct RouterBackward {
 };
 
 template <int kQuads>
-__global__ void __launch_bounds__(kBackwardThreads) route_backward_short(
+__global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)) route_backward_short(
     const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   const LaneTeam team(at.lanes);

@@ -64,6 +64,9 @@ struct Softcap {
   __device__ float slope(float tangent) const { return cap != 0 ? 1 - tangent * tangent : 1; }
 };
 
+// Blocks of 128 threads that a processor holds at once: registers enough for a row, so that none are spilled.
+constexpr int blocks_per_processor(int quads) { return quads == 1 ? 8 : quads == 2 ? 5 : quads == 4 ? 3 : 2; }
+
 // Held in registers.
 template <int kQuads>
 class ShortRow {

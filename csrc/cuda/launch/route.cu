@@ -71,14 +71,14 @@ void launch_short(RouteLaunch at, const Device& device) {
   if (at.statistics.counts) at.tokens_each = int(std::clamp<int64_t>(at.p.tokens * at.lanes / (32 * 2048), 1, 16));
   const int64_t tokens_of_block = int64_t(kRouteThreads / at.lanes) * at.tokens_each;
   std::visit(
-      [&](auto quads) {
+      [&](auto quads, auto statistics) {
         launch({.grid = unsigned(ceil_div(at.p.tokens, tokens_of_block)),
                 .block = kRouteThreads,
                 .shared_bytes = at.p.num_groups > 1 ? sizeof(RouteShared<quads>) : 0,
                 .stream = device.stream()},
-               route_short<quads>, at);
+               route_short<quads, statistics>, at);
       },
-      lanes.quads);
+      lanes.quads, flag(at.statistics.counts));
 }
 
 void launch_long(const RouteLaunch& at, const Device& device) {
