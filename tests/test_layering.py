@@ -25,7 +25,7 @@ INCLUDES = {
     "cpu": ["cpu/", "stages/", "device.h"],
     "cuda/arch": ["cuda/arch/"],
     "cuda/kernels": ["cuda/kernels/", "cuda/arch/", "stages/"],
-    "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/"],
+    "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/", "device.h"],
     "cuda": ["cuda/", "stages/", "device.h"],
     "python": ["cpu/", "cuda/architectures.h", "cuda/launch/", "stages/"],
 }
@@ -133,6 +133,26 @@ def test_package_layers():
 
 def test_file_length():
     assert long_files(ROOT) == []
+
+
+def declared(file: Path) -> set[str]:
+    """The functions and structs of a header of csrc/cuda/arch, or of its twin."""
+    code = code_of(file.read_text()) if file.is_file() else ""
+    functions = re.findall(r"^(?:[\w:&<>,*]+ )+\*?(\w+)(?:<[^;()]*>)?\(", code, flags=re.MULTILINE)
+    return {*functions, *re.findall(r"^struct (?:alignas\([^{;]*\) )?(\w+)", code, flags=re.MULTILINE)}
+
+
+def without_twin(arch: Path, twins: Path) -> list[str]:
+    return [f"{f.name}: {name}" for f in sorted(arch.glob("*.cuh")) for name in declared(f) - declared(twins / f.name)]
+
+
+def test_every_instruction_has_a_twin(tmp_path):
+    """tests/simt says in C++ what each function of csrc/cuda/arch means."""
+    arch = ROOT / "csrc" / "cuda" / "arch"
+    assert {"launch", "shared", "Launch"} <= declared(arch / "launch.cuh")
+    assert without_twin(arch, ROOT / "tests" / "simt" / "cuda" / "arch") == []
+    (tmp_path / "warp.cuh").write_text("template <class T>\n__device__ __forceinline__ T* look(T* at) {}\n")
+    assert without_twin(tmp_path, arch) == ["warp.cuh: look"]
 
 
 def test_imports_are_ordered():
