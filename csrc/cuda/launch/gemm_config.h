@@ -1,0 +1,37 @@
+// Which tiles a GEMM is cut into: a pure function of the card and the problem.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels/gemm_config.h"
+#include "stages/params.h"
+
+namespace moe {
+
+struct GemmProblem {
+  Dtype dtype;
+  int64_t rows, experts, n, k;
+  bool direct;  // both operands can be copied as they lie
+};
+
+// Warps of [64, 64], two blocks on a processor: the tensor cores, not shared memory, bound the loop.
+inline constexpr GemmConfig kLargeTiles{
+    .rows = 128, .cols = 128, .depth = 32, .stages = 4, .warp_rows = 2, .warp_cols = 2, .blocks = 2};
+// Experts with few rows: less is wasted behind their last row, and the weights stream.
+inline constexpr GemmConfig kSmallTiles{
+    .rows = 64, .cols = 128, .depth = 32, .stages = 4, .warp_rows = 2, .warp_cols = 2, .blocks = 3};
+
+// As types, for kernels: a kernel cannot take an aggregate as a template argument (nvcc 13.0's stubs do not compile).
+struct LargeTiles {
+  static constexpr GemmConfig value = kLargeTiles;
+};
+struct SmallTiles {
+  static constexpr GemmConfig value = kSmallTiles;
+};
+
+constexpr GemmConfig pick_config(int /*arch*/, const GemmProblem& problem) {
+  if (!problem.direct) return kSmallTiles;
+  return problem.rows > 96 * problem.experts ? kLargeTiles : kSmallTiles;
+}
+
+}  // namespace moe
