@@ -1,5 +1,6 @@
 """One suite for every device: `pytest --device cpu|simt|cuda`, one process per device; `--long` adds the big cases."""
 
+import ctypes
 import os
 
 import pytest
@@ -86,3 +87,15 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def launches(pytestconfig):
+    """Gives how many kernels the process has started, on the emulator, which counts them."""
+    if pytestconfig.getoption("--device") != "simt":
+        pytest.skip("only the emulator counts kernels")
+    from moe_ops.library import directory
+
+    count = ctypes.CDLL(str(directory() / LIBRARIES["simt"])).moe_ops_simt_launches
+    count.restype = ctypes.c_uint64
+    return count

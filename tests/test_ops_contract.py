@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
-from cases import WIDEST
+from cases import DEVICE, WIDEST
 from moe_ops.library import OPERATORS
 from samples import INNER, SAMPLES, E, H, K, Maker, T
 
@@ -38,6 +38,14 @@ def test_opcheck(name, dtype, device):
 def test_opcheck_with_gradients(name, dtype, device):
     for args in SAMPLES[name](Maker(device, dtype, grad=True)):
         torch.library.opcheck(getattr(torch.ops.moe_ops, name).default, args)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has float64")
+@pytest.mark.parametrize("name", sorted({*OPERATORS} - {"plan", "permute"}))
+def test_float64_is_refused_where_there_is_none(name, device):
+    for args in SAMPLES[name](Maker(device, torch.float64)):
+        with pytest.raises(ValueError, match=r"^\w+: float64 is supported on the CPU only"):
+            getattr(torch.ops.moe_ops, name)(*args)
 
 
 @pytest.fixture
