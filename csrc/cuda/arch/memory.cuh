@@ -41,6 +41,19 @@ __device__ __forceinline__ P load_streamed(const T* from) {
   return out;
 }
 
+// To global memory, as one access: a plain store of a struct may be cut into its elements.
+template <class P, class T>
+__device__ __forceinline__ void store_global(T* to, const P& pack) {
+  auto store_bits = [&](auto bits, auto* at) {
+    __builtin_memcpy(&bits, &pack, sizeof bits);
+    __stwb(at, bits);
+  };
+  if constexpr (sizeof(P) == 16) store_bits(uint4{}, reinterpret_cast<uint4*>(to));
+  else if constexpr (sizeof(P) == 8) store_bits(uint2{}, reinterpret_cast<uint2*>(to));
+  else if constexpr (sizeof(P) == 4) store_bits(uint32_t{}, reinterpret_cast<uint32_t*>(to));
+  else *reinterpret_cast<P*>(to) = pack;
+}
+
 template <class P, class T>
 __device__ __forceinline__ void store(T* to, const P& pack) {
   *reinterpret_cast<P*>(to) = pack;

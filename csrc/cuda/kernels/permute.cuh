@@ -8,6 +8,7 @@
 
 #include "cuda/arch/memory.cuh"
 #include "cuda/arch/warp.cuh"
+#include "cuda/kernels/dropped.cuh"
 #include "stages/params.h"
 
 namespace moe {
@@ -28,7 +29,7 @@ struct PermutePiece {
   __device__ __forceinline__ void store(char* row, const Access (&values)[kPermuteInFlight]) const {
 #pragma unroll
     for (int i = 0; i < kPermuteInFlight; ++i)
-      if (at(i) < row_bytes) arch::store(row + at(i), values[i]);
+      if (at(i) < row_bytes) arch::store_global(row + at(i), values[i]);
   }
 };
 
@@ -58,14 +59,9 @@ __device__ __forceinline__ void permute_token(const PermuteParams& p, int64_t to
 template <class Access>
 __device__ __forceinline__ void clear_dropped(const PermuteParams& p, int64_t first,
                                               const PermutePiece<Access>& piece) {
-  const int64_t row = first + arch::lane_id();
-  bool dropped = false;
-  if (row < p.rows) {
-    const int64_t slot = p.row_slot[row];
-    dropped = slot < 0 || slot >= p.tokens * p.width || p.slot_row[slot] != row;
-  }
   const Access zeros[kPermuteInFlight] = {};
-  for (uint32_t left = arch::ballot(dropped); left; left &= left - 1)
+  uint32_t left = dropped_rows(p.row_slot, p.slot_row, p.tokens * p.width, p.rows, first);
+  for (; left; left &= left - 1)
     piece.store(static_cast<char*>(p.out) + (first + arch::lowest_bit(left)) * p.row_bytes, zeros);
 }
 

@@ -38,4 +38,9 @@ void store(T* to, const P& pack, simt::Where where = simt::Where::current()) {
   std::memcpy(static_cast<void*>(to), &pack, sizeof(P));
 }
 
+template <class P, class T>
+void store_global(T* to, const P& pack, simt::Where where = simt::Where::current()) {
+  store(to, pack, where);
+}
+
 }  // namespace moe::arch
