@@ -6,8 +6,10 @@ set(cuda_version "none")
 if(MOE_OPS_CUDA STREQUAL "AUTO" AND "$ENV{FORCE_CUDA}" STREQUAL "1")
   set(MOE_OPS_CUDA ON CACHE STRING "" FORCE)  # so that it holds when the build configures itself again
 endif()
-if(NOT MOE_OPS_CUDA)
+if(NOT MOE_OPS_CUDA OR (MOE_OPS_CUDA STREQUAL "AUTO" AND MOE_OPS_SANITIZE))
   return()
+elseif(MOE_OPS_SANITIZE)
+  message(FATAL_ERROR "moe_ops: sanitizers are for code of the CPU: build with -DMOE_OPS_CUDA=OFF and without FORCE_CUDA")
 endif()
 
 # nvcc: the one that is named (CMAKE_CUDA_COMPILER, CUDACXX, CUDA_HOME), the one that PyPI's packages put beside torch, or
@@ -37,9 +39,6 @@ if(MOE_OPS_CUDA STREQUAL "AUTO")
   endif()
 elseif(NOT CMAKE_CUDA_COMPILER)
   message(FATAL_ERROR "moe_ops: CUDA kernels were asked for (MOE_OPS_CUDA or FORCE_CUDA), but ${no_nvcc}")
-endif()
-if(MOE_OPS_SANITIZE)
-  message(FATAL_ERROR "moe_ops: sanitizers are for the CPU: build with -DMOE_OPS_CUDA=OFF")
 endif()
 
 # Machine code for Ampere and Hopper, and PTX that the driver compiles for what came between and after.
@@ -94,6 +93,7 @@ target_include_directories(moe_ops_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCL
 target_compile_definitions(moe_ops_cuda PRIVATE MOE_BUILT_FOR_CUDA="${cuda_architectures}")
 set_source_files_properties(csrc/cuda/device.cpp PROPERTIES COMPILE_DEFINITIONS USE_CUDA)  # torch's headers ask for it
 target_link_libraries(moe_ops_cuda PRIVATE torch_stable torch_cuda ${cudart})
+target_link_options(moe_ops_cuda PRIVATE -Wl,-z,defs)  # a stage without a launch shows here, not at load
 set_target_properties(moe_ops_cuda PROPERTIES LINKER_LANGUAGE CXX
   BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN;$ORIGIN/../torch/lib;$ORIGIN/../nvidia/cu${cuda_major}/lib")
 install(TARGETS moe_ops_cuda LIBRARY DESTINATION moe_ops)
