@@ -121,7 +121,7 @@ MOE_INLINE void activate_tile(const GroupedGemmParams& p, const Tile& tile, cons
 // partial_score [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null.
 template <class T, int rows, int cols>
 MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile,
-                                       const Products<rows, cols>& products, float* partial_score, int64_t col_tiles) {
+                                       const Products<rows, cols>& products, float* partial_score, int col_tiles) {
   using Math = ActivationMath<FloatMath>;
   const PairRows<T> out(p.out), pre(p.pre, p.n), grad_pre(p.grad_pre, p.n);
   const Lanes lanes{};
@@ -170,7 +170,7 @@ MOE_INLINE void zero_tile(const GroupedGemmParams& p, const Tile& tile) {
 
 template <class T, int rows, int cols>
 MOE_INLINE void finish_tile(const GroupedGemmParams& p, const Tile& tile, const Products<rows, cols>& products,
-                            float* partial_score, int64_t col_tiles) {
+                            float* partial_score, int col_tiles) {
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<T>(p, tile, products);
     case Epilogue::activate: return activate_tile<T>(p, tile, products);

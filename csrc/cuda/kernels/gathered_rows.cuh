@@ -1,23 +1,12 @@
 // Where the rows of an operand lie, and which of them an expert has.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/arch/memory.cuh"
 #include "cuda/arch/warp.cuh"
+#include "cuda/kernels/math.cuh"
 #include "stages/params.h"
 
 namespace moe {
-
-// Element i of values of any float dtype.
-__device__ __forceinline__ float read_value(const Vector& from, int64_t i) {
-  switch (from.dtype) {
-    case Dtype::bfloat16: return float(static_cast<const __nv_bfloat16*>(from.data)[i]);
-    case Dtype::float16: return float(static_cast<const __half*>(from.data)[i]);
-    default: return static_cast<const float*>(from.data)[i];
-  }
-}
 
 // A slot, kept within those there are whatever the plan says.
 __device__ __forceinline__ int64_t slot_within(const GatheredRows& from, int64_t slot) {
@@ -37,7 +26,7 @@ __device__ __forceinline__ const T* row_at(const GatheredRows& from, int64_t slo
 }
 
 __device__ __forceinline__ float scale_at(const GatheredRows& from, int64_t slot) {
-  return from.scale.data ? read_value(from.scale, slot) : 1;
+  return from.scale.data ? read(from.scale, slot) : 1;
 }
 
 // Values [n] from `from` on, of which the first `left` are there and the others zeros. aligned: from is, to the size of

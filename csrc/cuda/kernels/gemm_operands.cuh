@@ -4,25 +4,12 @@
 #pragma once
 
 #include "cuda/arch/copy_async.cuh"
-#include "cuda/arch/memory.cuh"
+#include "cuda/kernels/gathered_rows.cuh"
 #include "cuda/kernels/gemm_config.h"
-#include "cuda/kernels/math.cuh"
 #include "cuda/kernels/shared_tile.cuh"
 #include "cuda/kernels/tile_walk.cuh"
 
 namespace moe {
-
-// The slot of a row, kept within the slots there are whatever the plan says.
-MOE_INLINE int64_t slot_of(const GatheredRows& a, int64_t row) {
-  if (!a.row_slot) return row;
-  const int64_t slot = a.row_slot[row], last = a.num_rows * a.width - 1;
-  return max(min(slot, last), int64_t(0));
-}
-
-// The row of a.rows that a slot reads.
-MOE_INLINE int64_t row_of_slot(const GatheredRows& a, int64_t slot) {
-  return a.row_slot ? int64_t(uint32_t(slot) / uint32_t(a.width)) : slot;
-}
 
 // What a tile multiplies of an expert's weights: two runs of as many columns (gates and ups, or one run cut in two).
 struct WeightColumns {
@@ -119,8 +106,8 @@ class RowTiles {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int64_t slot = slot_of(p.a, tile.row_begin + min(row() + i * kStep, tile.rows - 1));
-      offsets_[i] = row_of_slot(p.a, slot) * p.a.rows.stride + chunk() * Shared::kChunk;
-      scales_[i] = !direct && source_.scaled ? read(p.a.scale, slot) : 1;
+      offsets_[i] = row_at<T>(p.a, slot) - static_cast<const T*>(p.a.rows.data) + chunk() * Shared::kChunk;
+      scales_[i] = direct ? 1 : scale_at(p.a, slot);
     }
   }
 

@@ -36,7 +36,8 @@ __device__ inline float choice_of(const RouteParams& p, const Softmax& softmax, 
   return p.selection_bias ? score + static_cast<const float*>(p.selection_bias)[id] : score;
 }
 
-// The weights of the chosen experts [count], thread r of the team taking every size-th from r on, which it wrote itself.
+// The weights of the chosen experts [count], thread r of the team taking every size-th from r on, which it wrote
+// itself.
 template <class Team>
 __device__ void weigh(const RouteParams& p, const Team& team, int64_t token, int64_t count, Softmax softmax,
                       const RouteStatistics& statistics, int64_t segment) {
@@ -51,12 +52,12 @@ __device__ void weigh(const RouteParams& p, const Team& team, int64_t token, int
     for (int64_t k = team.rank; k < count; k += team.size) softmax.max = fmaxf(softmax.max, z(k));
     softmax.max = value_of(team.max(key_of(softmax.max)));
     for (int64_t k = team.rank; k < count; k += team.size) softmax.sum += softmax.exponential(z(k));
-    softmax.sum = team.sum(softmax.sum);
+    softmax.sum = float(team.sum(softmax.sum));
   }
-  float sum = 0;
+  double sum = 0;
   for (int64_t k = team.rank; k < count; k += team.size)
     sum += term(p.options, chosen_score(p.options.score, z(k), softmax));
-  const float by = denominator(p.options, team.sum(sum)), scale = float(p.options.scale);
+  const float by = float(denominator(p.options, team.sum(sum))), scale = float(p.options.scale);
 
   float* weights = static_cast<float*>(p.weights) + token * p.top_k;
   const bool counted = statistics.counts && counts_somewhere(segment, p.num_segments);
@@ -90,13 +91,14 @@ struct ProbabilitySums {
     const int64_t cells = (int64_t(blockIdx.x) % at.statistics.replicas * at.p.num_segments + segment) * at.p.experts;
 #pragma unroll
     for (int i = 0; i < 4 * kQuads; ++i)
-      if (row.id(i) < at.p.experts) add_probability(at.statistics.prob + cells + row.id(i), sums[i], at.statistics.units);
+      if (row.id(i) < at.p.experts)
+        add_probability(at.statistics.prob + cells + row.id(i), sums[i], at.statistics.units);
   }
 };
 
 template <int kQuads, bool statistics>
-__global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads)) route_short(
-    const __grid_constant__ RouteLaunch at) {
+__global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads))
+    route_short(const __grid_constant__ RouteLaunch at) {
   constexpr int kValues = 4 * kQuads;
   const RouteParams& p = at.p;
   const Score score = p.options.score;
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads)) r
       if (active && team.rank == 0) static_cast<float*>(p.logsumexp)[token] = log_sum;
       probabilities.begin(at, row, segment);
       const float sum =
-          is_elementwise(score) ? team.sum(row.sum([&](float z, int) { return score_of(score, z); })) : 1;
+          is_elementwise(score) ? float(team.sum(row.sum([&](float z, int) { return score_of(score, z); }))) : 1;
       row.each([&](float z, int, int i) {
         probabilities.sums[i] += is_elementwise(score) ? score_of(score, z) / sum : softmax(z);
       });
@@ -156,7 +158,8 @@ __global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads)) r
       const int32_t id = ranking.take(team);
       const int lane = int(k) & (team.size - 1);
       if (lane == team.rank) own = id;
-      if (active && (lane == team.size - 1 || k == p.top_k - 1) && team.rank <= lane) chosen[k - lane + team.rank] = own;
+      if (active && (lane == team.size - 1 || k == p.top_k - 1) && team.rank <= lane)
+        chosen[k - lane + team.rank] = own;
     }
     weigh(p, team, token, active ? p.top_k : 0, softmax, at.statistics, segment);
   }

@@ -47,10 +47,10 @@ struct LongRouteBackwardShared {
 };
 
 // d (sum of |s|^p)^(1/p) / ds; 0 at s = 0, as in torch.
-__device__ inline float norm_slope(float s, float norm, float p) {
-  const float sign = float(s > 0) - float(s < 0);
+__device__ inline double norm_slope(double s, double norm, double p) {
+  const double sign = double(s > 0) - double(s < 0);
   if (p == 1 || s == 0) return sign;
-  return p == 2 ? s / norm : sign * powf(fabsf(s) / norm, p - 1);
+  return p == 2 ? s / norm : sign * pow(fabs(s) / norm, p - 1);
 }
 
 // What one team knows of its token.
@@ -86,35 +86,43 @@ struct RouterBackward {
       each_slot([&](int, int32_t id) { softmax.max = fmaxf(softmax.max, z_of(id)); });
       softmax.max = value_of(team.max(key_of(softmax.max)));
       each_slot([&](int, int32_t id) { softmax.sum += softmax.exponential(z_of(id)); });
-      softmax.sum = team.sum(softmax.sum);
+      softmax.sum = float(team.sum(softmax.sum));
     }
     each_slot([&](int k, int32_t id) { slots.scores[k] = chosen_score(score, z_of(id), softmax); });
   }
 
-  // slots.grads = the gradients of the chosen scores.
+  // Of the score of slot k, before it was divided.
+  __device__ double grad_of_normalised(int k, int32_t id) const {
+    double grad = double(static_cast<const float*>(at.p.grad_weights)[token * at.p.top_k + k]) * at.p.options.scale;
+    if (at.p.expert_scale) grad *= double(static_cast<const float*>(at.p.expert_scale)[id]);
+    return grad;
+  }
+
+  // slots.grads = the gradients of the chosen scores; also what the slots add to those of the expert scales. In
+  // float64, because much of a gradient cancels.
   __device__ void through_renormalisation() const {
-    const RouteBackwardParams& p = at.p;
-    const RouteOptions& options = p.options;
-    float sum = 0, dot = 0;
+    const RouteOptions& options = at.p.options;
+    double sum = 0, dot = 0;
     each_slot([&](int k, int32_t) { sum += term(options, slots.scores[k]); });
-    sum = team.sum(sum);
-    const float by = denominator(options, sum), scale = float(options.scale), norm = float(options.p);
+    if (options.renormalize != Renormalize::none) sum = team.sum(sum);
+    const double by = denominator(options, sum);
 
     each_slot([&](int k, int32_t id) {
-      const int64_t slot = token * p.top_k + k;
-      const float normalised = slots.scores[k] / by;
-      float grad = static_cast<const float*>(p.grad_weights)[slot] * scale;
-      if (at.scale_terms) at.scale_terms[slot] = grad * normalised;
-      if (p.expert_scale) grad *= static_cast<const float*>(p.expert_scale)[id];
-      slots.grads[k] = grad;
+      const int64_t slot = token * at.p.top_k + k;
+      const double normalised = by == 1 ? slots.scores[k] : slots.scores[k] / by;
+      const double grad = grad_of_normalised(k, id);
+      if (at.scale_terms)
+        at.scale_terms[slot] =
+            float(double(static_cast<const float*>(at.p.grad_weights)[slot]) * options.scale * normalised);
+      slots.grads[k] = float(grad);
       dot += grad * normalised;
     });
     if (options.renormalize == Renormalize::none) return;
     dot = team.sum(dot);
-    if (options.renormalize == Renormalize::clamp && sum < float(options.eps)) dot = 0;
-    each_slot([&](int k, int32_t) {
-      const float slope = options.renormalize == Renormalize::pnorm ? norm_slope(slots.scores[k], by, norm) : 1;
-      slots.grads[k] = (slots.grads[k] - dot * slope) / by;
+    if (options.renormalize == Renormalize::clamp && sum < options.eps) dot = 0;
+    each_slot([&](int k, int32_t id) {
+      const double slope = options.renormalize == Renormalize::pnorm ? norm_slope(slots.scores[k], by, options.p) : 1;
+      slots.grads[k] = float((grad_of_normalised(k, id) - dot * slope) / by);
     });
   }
 
@@ -123,8 +131,9 @@ struct RouterBackward {
     const Score score = at.p.options.score;
     float dot = 0;
     if (score == Score::softmax || score == Score::softmax_selected) {
-      each_slot([&](int k, int32_t) { dot += slots.grads[k] * slots.scores[k]; });
-      dot = team.sum(dot);
+      double own = 0;
+      each_slot([&](int k, int32_t) { own += double(slots.grads[k]) * double(slots.scores[k]); });
+      dot = float(team.sum(own));
     }
     if (score == Score::softmax) return dot;
     each_slot([&](int k, int32_t id) {
@@ -172,10 +181,11 @@ struct RouterBackward {
 
     float sum = 1, dot_of_prob = 0;
     if (of_prob && elementwise) {
-      sum = team.sum(row.sum([&](float z, int) { return score_of(score, z); }));
-      dot_of_prob = team.sum(row.sum([&](float z, int id) { return prob_grad(id) * (score_of(score, z) / sum); }));
+      sum = float(team.sum(row.sum([&](float z, int) { return score_of(score, z); })));
+      dot_of_prob =
+          float(team.sum(row.sum([&](float z, int id) { return prob_grad(id) * (score_of(score, z) / sum); })));
     } else if (of_prob) {
-      dot += team.sum(row.sum([&](float z, int id) { return prob_grad(id) * softmax(z); }));
+      dot += float(team.sum(row.sum([&](float z, int id) { return prob_grad(id) * softmax(z); })));
     }
     if (count < 0) return;  // a team without a token
 
@@ -198,8 +208,8 @@ struct RouterBackward {
 };
 
 template <int kQuads>
-__global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)) route_backward_short(
-    const __grid_constant__ RouteBackwardLaunch at) {
+__global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads))
+    route_backward_short(const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   const LaneTeam team(at.lanes);
   const int own_team = int(threadIdx.x) / at.lanes;
@@ -218,8 +228,8 @@ __global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)
   RouterBackward<LaneTeam, ShortRow<kQuads>>{at, team, row, slots, token, count}.run();
 }
 
-__global__ void __launch_bounds__(kLongBackwardThreads) route_backward_long(
-    const __grid_constant__ RouteBackwardLaunch at) {
+__global__ void __launch_bounds__(kLongBackwardThreads)
+    route_backward_long(const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   auto& shared = arch::shared<LongRouteBackwardShared>();
   const BlockTeam team(shared.team);

@@ -37,8 +37,7 @@ __device__ inline void mask_groups(const RouteParams& p, SelectShared& shared, i
     if (arch::lane_id() == 0) groups[group] = group_key(p, best);
   }
   arch::sync_block();  // the groups are written
-  const uint64_t last =
-      p.top_groups > 0 ? select(shared, groups, p.num_groups, int32_t(p.top_groups)) : kNone;
+  const uint64_t last = p.top_groups > 0 ? select(shared, groups, p.num_groups, int32_t(p.top_groups)) : kNone;
   const int32_t masked = masked_key(p);
   for (int64_t i = threadIdx.x; i < p.experts; i += blockDim.x)
     if (order_of(groups[i / size], i / size) < last) keys[i] = masked;
@@ -69,7 +68,8 @@ __device__ void add_statistics(const RouteLaunch& at, const Team& team, const Lo
   const Score score = p.options.score;
   const float log_sum = log_sum_exp(team, row, softmax);
   if (team.rank == 0) static_cast<float*>(p.logsumexp)[token] = log_sum;
-  const float sum = is_elementwise(score) ? team.sum(row.sum([&](float z, int) { return score_of(score, z); })) : 1;
+  const float sum =
+      is_elementwise(score) ? float(team.sum(row.sum([&](float z, int) { return score_of(score, z); }))) : 1;
   if (!counts_somewhere(segment, p.num_segments)) return;
   const int64_t cells = (int64_t(blockIdx.x) % at.statistics.replicas * p.num_segments + segment) * p.experts;
   row.each([&](float z, int id, float) {

@@ -1,5 +1,6 @@
-// counts and mean_prob: sums over tokens, of any segments in any order. They are sums of integers, to which every thread
-// adds when it likes: a probability is a whole number of units, so fine that the sum has more bits than a float64's.
+// counts and mean_prob: sums over tokens, of any segments in any order. They are sums of integers, to which every
+// thread adds when it likes: a probability is a whole number of units, so fine that the sum has more bits than a
+// float64's.
 #pragma once
 
 #include "cuda/arch/atomic.cuh"
@@ -22,9 +23,7 @@ __device__ inline bool counts_somewhere(int64_t segment, int64_t num_segments) {
   return segment >= 0 && segment < num_segments;
 }
 
-__device__ inline int64_t segment_of(const int32_t* segments, int64_t token) {
-  return segments ? segments[token] : 0;
-}
+__device__ inline int64_t segment_of(const int32_t* segments, int64_t token) { return segments ? segments[token] : 0; }
 
 __device__ inline void add_probability(uint64_t* to, float prob, float units) {
   if (prob != prob) arch::set_bits(to, kNanBit);
@@ -67,8 +66,7 @@ __global__ void finish_statistics(const __grid_constant__ FinishStatistics p) {
 
   const int64_t tokens = p.sums.tokens ? p.sums.tokens[cell / p.experts] : p.tokens;
   p.counts[cell] = count;
-  p.mean_prob[cell] = nan ? kNan
-                          : float(double(sum) / (double(p.sums.units) * double(tokens > 1 ? tokens : 1)));
+  p.mean_prob[cell] = nan ? kNan : float(double(sum) / (double(p.sums.units) * double(tokens > 1 ? tokens : 1)));
 }
 
 }  // namespace moe

@@ -65,7 +65,7 @@ struct Softcap {
 };
 
 // Blocks of 128 threads that a processor holds at once: registers enough for a row, so that none are spilled.
-constexpr int blocks_per_processor(int quads) { return quads == 1 ? 8 : quads == 2 ? 5 : quads == 4 ? 3 : 2; }
+constexpr int blocks_per_processor(int quads) { return quads == 1 ? 7 : quads == 2 ? 5 : quads == 4 ? 3 : 2; }
 
 // Held in registers.
 template <int kQuads>

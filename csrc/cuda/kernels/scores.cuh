@@ -18,7 +18,7 @@ __device__ Softmax softmax_of(const Team& team, const Row& row) {
   Softmax softmax{-kInfinity, 0};
   row.each([&](float z, int, auto) { softmax.max = fmaxf(softmax.max, z); });
   softmax.max = value_of(team.max(key_of(softmax.max)));
-  softmax.sum = team.sum(row.sum([&](float z, int) { return softmax.exponential(z); }));
+  softmax.sum = float(team.sum(row.sum([&](float z, int) { return softmax.exponential(z); })));
   return softmax;
 }
 
@@ -68,19 +68,18 @@ __device__ inline float chosen_score(Score score, float z, const Softmax& softma
 }
 
 // What a chosen score adds to the sum that denominator() takes.
-__device__ inline float term(const RouteOptions& options, float score) {
+__device__ inline double term(const RouteOptions& options, double score) {
   if (options.renormalize != Renormalize::pnorm) return score;
-  const float size = fabsf(score), p = float(options.p);
-  return p == 1 ? size : p == 2 ? size * size : powf(size, p);
+  const double size = fabs(score);
+  return options.p == 1 ? size : options.p == 2 ? size * size : pow(size, options.p);
 }
 
-__device__ inline float denominator(const RouteOptions& options, float sum) {
-  const float eps = float(options.eps), p = float(options.p);
+__device__ inline double denominator(const RouteOptions& options, double sum) {
   switch (options.renormalize) {
     case Renormalize::none: return 1;
-    case Renormalize::sum: return sum + eps;
-    case Renormalize::clamp: return sum < eps ? eps : sum;
-    default: return p == 1 ? sum : p == 2 ? sqrtf(sum) : powf(sum, 1 / p);
+    case Renormalize::sum: return sum + options.eps;
+    case Renormalize::clamp: return sum < options.eps ? options.eps : sum;
+    default: return options.p == 1 ? sum : options.p == 2 ? sqrt(sum) : pow(sum, 1 / options.p);
   }
 }
 

@@ -11,12 +11,12 @@ struct LaneTeam {
 
   __device__ explicit LaneTeam(int size) : size(size), rank(arch::lane_id() & (size - 1)) {}
 
-  // In float64, so that the result is rounded once; the same in every lane.
-  __device__ float sum(double value) const {
+  // In float64, so that its error does not grow with the number of terms; the same in every lane.
+  __device__ double sum(double value) const {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
       if (distance < size) value += arch::shuffle_xor(value, distance);
-    return float(value);
+    return value;
   }
 
   __device__ int32_t max(int32_t value) const {
@@ -45,7 +45,7 @@ struct BlockTeam {
   __device__ explicit BlockTeam(BlockTeamShared& shared)
       : size(int(blockDim.x)), rank(int(threadIdx.x)), shared(shared) {}
 
-  __device__ float sum(double value) const {
+  __device__ double sum(double value) const {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) value += arch::shuffle_xor(value, distance);
     if (rank % 32 == 0) shared.sums[rank / 32] = value;
@@ -53,15 +53,14 @@ struct BlockTeam {
     double total = 0;
     for (int warp = 0; warp < size / 32; ++warp) total += shared.sums[warp];
     sync();  // and read, before the next call writes
-    return float(total);
+    return total;
   }
 
   __device__ int32_t max(int32_t value) const {
     value = arch::reduce_max(value);
     if (rank % 32 == 0) shared.largest[rank / 32] = value;
     sync();
-    for (int warp = 0; warp < size / 32; ++warp)
-      value = shared.largest[warp] > value ? shared.largest[warp] : value;
+    for (int warp = 0; warp < size / 32; ++warp) value = shared.largest[warp] > value ? shared.largest[warp] : value;
     sync();
     return value;
   }

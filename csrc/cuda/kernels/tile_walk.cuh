@@ -22,11 +22,12 @@ struct TileGrid {
   int rows, cols;  // of a tile
 
   // At least one tile per row block, so that a result without columns is walked too.
-  __host__ __device__ int64_t col_tiles() const { return num_cols > cols ? (num_cols + cols - 1) / cols : 1; }
-  // Known without the offsets: every expert and the rows of none may end with a part of a tile.
-  __host__ __device__ int64_t most_tiles() const {
+  __host__ __device__ int col_tiles() const { return num_cols > cols ? int((num_cols + cols - 1) / cols) : 1; }
+  // Known without the offsets: every expert and the rows of none may end with a part of a tile. Tiles are counted in
+  // 32 bits: no memory holds 2^31 of them.
+  __host__ __device__ int most_tiles() const {
     const int64_t ends = num_experts + 1 < num_rows ? num_experts + 1 : num_rows;
-    return (num_rows / rows + ends) * col_tiles();
+    return int(num_rows / rows + ends) * col_tiles();
   }
 };
 
@@ -37,9 +38,9 @@ class TileWalk {
   __device__ explicit TileWalk(const TileGrid& grid) : grid_(grid) { read_experts(); }
 
   // Moves on to the tile of this index, which must not fall; false behind the last.
-  __device__ bool seek(int64_t index) {
+  __device__ bool seek(int index) {
     for (;;) {
-      const int64_t passed = tiles_before_ + arch::shuffle(tiles_, 31);
+      const int passed = tiles_before_ + arch::shuffle(tiles_, 31);
       if (index < passed) break;
       if (first_expert_ + 32 > grid_.num_experts) return false;
       tiles_before_ = passed;
@@ -47,20 +48,22 @@ class TileWalk {
       first_expert_ += 32;
       read_experts();
     }
-    const int lane = arch::lowest_bit(arch::ballot(index < tiles_before_ + tiles_));
-    const int64_t before = arch::shuffle(tiles_, lane > 0 ? lane - 1 : 0);
-    const int before_end = arch::shuffle(end_, lane > 0 ? lane - 1 : 0);
-    const int begin = lane > 0 ? before_end : rows_before_;
-    expert_ = first_expert_ + lane;
-    place(index - tiles_before_ - (lane > 0 ? before : 0), begin, arch::shuffle(end_, lane));
+    const int lane = arch::lowest_bit(arch::ballot(index < tiles_before_ + tiles_)), below = lane > 0 ? lane - 1 : 0;
+    const int tiles = arch::shuffle(tiles_, below), begin = arch::shuffle(end_, below);
+    const int first = tiles_before_ + (lane > 0 ? tiles : 0);
+    place(first_expert_ + lane, index - first, lane > 0 ? begin : rows_before_, arch::shuffle(end_, lane));
     return true;
   }
 
-  __device__ Tile tile() const { return {expert_, row_begin_, col_begin_, rows_, cols_}; }
+  __device__ const Tile& tile() const { return tile_; }
 
  private:
   // Row tiles that share weights go side by side, as many at a time as leave their rows in the cache.
-  static constexpr int64_t kRowTilesTogether = 16;
+  static constexpr int kRowTilesTogether = 16;
+
+  __device__ int row_tiles(int begin, int end) const {
+    return (end - begin) / grid_.rows + ((end - begin) % grid_.rows > 0);
+  }
 
   // Lane i has the end of expert first_expert + i and the number of tiles up to there.
   __device__ void read_experts() {
@@ -68,31 +71,30 @@ class TileWalk {
     end_ = expert < grid_.num_experts ? max(min(grid_.offsets[expert + 1], rows), 0) : rows;
     end_ = max(end_, rows_before_);
     for (int distance = 1; distance < 32; distance *= 2) end_ = max(end_, arch::shuffle_up(end_, distance));
-    const int before = arch::shuffle_up(end_, 1), begin = lane > 0 ? before : rows_before_;
-    tiles_ = (int64_t(end_) - begin + grid_.rows - 1) / grid_.rows * grid_.col_tiles();
+    const int before = arch::shuffle_up(end_, 1);
+    tiles_ = row_tiles(lane > 0 ? before : rows_before_, end_) * grid_.col_tiles();
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int64_t below = arch::shuffle_up(tiles_, distance);
+      const int below = arch::shuffle_up(tiles_, distance);
       if (lane >= distance) tiles_ += below;
     }
   }
 
   // The tile of this index among those of an expert.
-  __device__ void place(int64_t index, int begin, int end) {
-    const int64_t row_tiles = (int64_t(end) - begin + grid_.rows - 1) / grid_.rows, col_tiles = grid_.col_tiles();
-    const int64_t group = index / (kRowTilesTogether * col_tiles), first = group * kRowTilesTogether;
-    const int64_t together = min(row_tiles - first, kRowTilesTogether), within = index - first * col_tiles;
-    row_begin_ = begin + (first + within % together) * grid_.rows;
-    col_begin_ = within / together * grid_.cols;
-    rows_ = int(min(end - row_begin_, int64_t(grid_.rows)));
-    cols_ = int(min(grid_.num_cols - col_begin_, int64_t(grid_.cols)));
+  __device__ void place(int expert, int index, int begin, int end) {
+    const int col_tiles = grid_.col_tiles(), first = index / (kRowTilesTogether * col_tiles) * kRowTilesTogether;
+    const int together = min(row_tiles(begin, end) - first, kRowTilesTogether), within = index - first * col_tiles;
+    const int64_t row = int64_t(first + within % together) * grid_.rows, col = int64_t(within / together) * grid_.cols;
+    tile_ = {.expert = expert,
+             .row_begin = begin + row,
+             .col_begin = col,
+             .rows = int(min(end - begin - row, int64_t(grid_.rows))),
+             .cols = int(min(grid_.num_cols - col, int64_t(grid_.cols)))};
   }
 
   const TileGrid& grid_;
-  int first_expert_ = 0, rows_before_ = 0, end_ = 0;
-  int64_t tiles_before_ = 0, tiles_ = 0;
-
-  int expert_ = 0, rows_ = 0, cols_ = 0;
-  int64_t row_begin_ = 0, col_begin_ = 0;
+  int first_expert_ = 0, rows_before_ = 0, tiles_before_ = 0;
+  int end_ = 0, tiles_ = 0;
+  Tile tile_{};
 };
 
 }  // namespace moe

@@ -21,6 +21,10 @@ inline constexpr GemmConfig kLargeTiles{
 inline constexpr GemmConfig kSmallTiles{
     .rows = 64, .cols = 128, .depth = 32, .stages = 4, .warp_rows = 2, .warp_cols = 2, .blocks = 3};
 
+// Float32: a thread's [8, 8] products, twice, in registers.
+inline constexpr GemmConfig kFloatTiles{
+    .rows = 64, .cols = 128, .depth = 16, .stages = 4, .warp_rows = 2, .warp_cols = 2, .blocks = 2};
+
 // As types, for kernels: a kernel cannot take an aggregate as a template argument (nvcc 13.0's stubs do not compile).
 struct LargeTiles {
   static constexpr GemmConfig value = kLargeTiles;
@@ -28,8 +32,12 @@ struct LargeTiles {
 struct SmallTiles {
   static constexpr GemmConfig value = kSmallTiles;
 };
+struct FloatTiles {
+  static constexpr GemmConfig value = kFloatTiles;
+};
 
 constexpr GemmConfig pick_config(int /*arch*/, const GemmProblem& problem) {
+  if (problem.dtype == Dtype::float32) return kFloatTiles;
   if (!problem.direct) return kSmallTiles;
   return problem.rows > 96 * problem.experts ? kLargeTiles : kSmallTiles;
 }

@@ -1,5 +1,6 @@
 // Starts the ragged-M grouped GEMM and, behind its backward epilogue, the sum of the score gradients.
 #include "cuda/kernels/grouped_gemm.cuh"
+#include "cuda/kernels/score_grad.cuh"
 
 #include <algorithm>
 
@@ -15,12 +16,26 @@ template <class T, class Config, bool k_major, bool direct>
 void start(const GroupedGemmParams& p, const TileGrid& grid, float* partial_score, const Device& device) {
   constexpr GemmConfig config = Config::value;
   using Shared = GemmShared<RowTiles<T, Config, direct>, WeightTiles<T, Config, k_major, direct>, Config>;
-  const int64_t blocks = std::min(grid.most_tiles(), int64_t(device.processors()) * config.blocks);
+  const int blocks = std::min(grid.most_tiles(), device.processors() * config.blocks);
   launch({.grid = unsigned(blocks),
           .block = unsigned(config.threads()),
           .shared_bytes = sizeof(Shared),
           .stream = device.stream()},
          grouped_gemm_kernel<T, Config, k_major, direct>, p, grid, partial_score);
+}
+
+// The sum of the score gradient's parts; slots without a row get zeros.
+template <class T>
+void add_score_grad(const GroupedGemmParams& p, const float* parts, int col_tiles, const Device& device) {
+  const TileGrid grid{.offsets = p.offsets,
+                      .num_experts = int(p.num_experts),
+                      .num_rows = p.num_rows,
+                      .num_cols = 1,
+                      .rows = 32,
+                      .cols = 1};
+  const int blocks = std::min(grid.most_tiles(), device.processors() * 16);
+  launch({.grid = unsigned(blocks), .block = kScoreGradThreads, .stream = device.stream()}, score_grad_kernel<T>, p,
+         grid, parts, col_tiles);
 }
 
 template <class T>
@@ -36,25 +51,28 @@ void multiply(const GroupedGemmParams& p, const Device& device) {
                       .num_cols = halves ? p.n / 2 : p.n,
                       .rows = config.rows,
                       .cols = halves ? config.cols / 2 : config.cols};
+  const int col_tiles = p.n > 0 ? grid.col_tiles() : 0;
+  float* parts = nullptr;  // of the score gradient: [num_rows, col_tiles]
+  if (p.grad_score) parts = static_cast<float*>(device.scratch(p.num_rows * col_tiles * int64_t(sizeof(float))));
   std::visit(
-      [&](auto k_major) {
-        if (!direct) start<T, SmallTiles, k_major, false>(p, grid, nullptr, device);
-        else if (config == kLargeTiles) start<T, LargeTiles, k_major, true>(p, grid, nullptr, device);
-        else start<T, SmallTiles, k_major, true>(p, grid, nullptr, device);
+      [&](auto k_major, auto as_they_lie) {
+        if constexpr (sizeof(T) == 4) start<T, FloatTiles, k_major, as_they_lie>(p, grid, parts, device);
+        else if constexpr (!as_they_lie) start<T, SmallTiles, k_major, false>(p, grid, parts, device);
+        else if (config == kLargeTiles) start<T, LargeTiles, k_major, true>(p, grid, parts, device);
+        else start<T, SmallTiles, k_major, true>(p, grid, parts, device);
       },
-      flag(p.weight.k_stride == 1));
+      flag(p.weight.k_stride == 1), flag(direct));
+  if (p.grad_score) add_score_grad<T>(p, parts, col_tiles, device);
 }
 
 }  // namespace
 
 void grouped_gemm(const GroupedGemmParams& p, const Device& device) {
+  if (p.grad_score)
+    check(cudaMemsetAsync(p.grad_score, 0, size_t(p.a.num_rows * p.a.width) * sizeof(float), device.stream()));
   if (p.num_rows == 0) return;
-  std::visit(
-      [&](auto type) {
-        using T = typename decltype(type)::type;
-        if constexpr (sizeof(T) == 2) multiply<T>(p, device);
-      },
-      float_type(p.a.rows.dtype, "grouped_gemm"));
+  std::visit([&](auto type) { multiply<typename decltype(type)::type>(p, device); },
+             float_type(p.a.rows.dtype, "grouped_gemm"));
 }
 
 }  // namespace moe

@@ -19,7 +19,7 @@ constexpr int64_t kShortExperts = 1024;  // more do not fit into the registers o
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Lanes {
-  int lanes;                // per token
+  int lanes;                 // per token
   Choice<1, 2, 4, 8> quads;  // of four experts, per lane
 };
 
@@ -39,7 +39,7 @@ bool reads_quads(const Matrix& rows) {
 
 // counts [S], zeros before, += the tokens of each segment.
 void count_tokens(const int32_t* segments, int64_t tokens, int64_t num_segments, int32_t* counts,
-                         const Device& device) {
+                  const Device& device) {
   constexpr int kThreads = 256;
   launch({.grid = unsigned(ceil_div(tokens, kThreads)), .block = kThreads, .stream = device.stream()}, count_segments,
          CountSegments{.segments = segments, .tokens = tokens, .num_segments = num_segments, .counts = counts});
@@ -191,8 +191,7 @@ void route(const RouteParams& p, const Device& device) {
 
 void route_backward(const RouteBackwardParams& p, const Device& device) {
   float_type(p.logits.dtype, "route_backward");  // throws for float64
-  RouteBackwardLaunch at{
-      .p = p, .reads_quads = reads_quads(p.logits), .writes_quads = reads_quads(p.grad_logits)};
+  RouteBackwardLaunch at{.p = p, .reads_quads = reads_quads(p.logits), .writes_quads = reads_quads(p.grad_logits)};
   if (p.grad_mean_prob && p.segments) {
     const int64_t bytes = p.num_segments * 4;
     auto* tokens = static_cast<int32_t*>(device.scratch(std::max<int64_t>(bytes, 1)));
@@ -201,8 +200,7 @@ void route_backward(const RouteBackwardParams& p, const Device& device) {
     at.tokens_of_segment = tokens;
   }
   const bool of_scale = p.expert_scale && p.grad_weights;
-  if (of_scale)
-    at.scale_terms = static_cast<float*>(device.scratch(std::max<int64_t>(p.tokens * p.top_k, 1) * 4));
+  if (of_scale) at.scale_terms = static_cast<float*>(device.scratch(std::max<int64_t>(p.tokens * p.top_k, 1) * 4));
 
   const Lanes lanes = lanes_for(p.experts);
   const int64_t slots = std::visit([&](auto quads) { return int64_t(4 * quads * lanes.lanes); }, lanes.quads);

@@ -16,9 +16,7 @@ inline int32_t fetch_add(int32_t* to, int32_t value, simt::Where where = simt::W
   return before;
 }
 
-inline void add(int32_t* to, int32_t value, simt::Where where = simt::Where::current()) {
-  fetch_add(to, value, where);
-}
+inline void add(int32_t* to, int32_t value, simt::Where where = simt::Where::current()) { fetch_add(to, value, where); }
 
 inline void add(uint64_t* to, uint64_t value, simt::Where where = simt::Where::current()) {
   simt::check_access("an atomic addition", to, sizeof(*to), sizeof(*to), where);
