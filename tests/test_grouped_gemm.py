@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_ops
-from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
+from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place, run
 from cases import (
     DTYPES,
     LOW,
@@ -256,13 +256,8 @@ def test_agrees_with_grouped_mm_of_torch(dtype, device, instruction_set):
     out = moe_ops.grouped_gemm(a_, w_, place(offsets_of(counts), device))
     ours = out, *torch.autograd.grad(out, (a_, w_), place(gradient, device))
     tensors = (a.double(), w.double())
-    oracle = compare(
-        product(offsets_of(counts)),
-        {"a": tensors[0], "w": tensors[1]},
-        torch.device("cpu"),
-        ("a", "w"),
-        gradients={"result": gradient},
-    )
+    doubles = {"a": tensors[0], "w": tensors[1]}
+    oracle = run(product(offsets_of(counts)), reference, doubles, ("a", "w"), {"result": gradient})
     for name, mine, other in zip(("result", "grad a", "grad w"), ours, theirs(a, w), strict=True):
         assert_as_accurate(mine, other, oracle[name], name)
 

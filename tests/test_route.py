@@ -116,6 +116,42 @@ def test_many_ties(dtype, device, instruction_set):
             assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
 
 
+@pytest.mark.parametrize("experts", [3, 33, 64, 65, 130, 257, 600, 1024, 1031])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_of_wide_rows(experts, dtype, device, instruction_set):
+    """NaN, infinities, signed zeros and ties on both sides of every width that kernels are made for."""
+    values = torch.tensor([0.0, -0.0, 0.25, 1.0, -1.0, -2.5, INF, -INF, NAN, -NAN, 1e-45, -1e-45, 3e38])
+    logits = values[torch.randint(0, len(values), (6, experts), generator=seeded(experts))].to(dtype)
+    logits[4], logits[5] = -INF, NAN
+    for top_k in {1, min(9, experts), experts // 2 + 1, experts}:
+        _, chosen = moe_ops.route(place(logits, device), top_k)
+        assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
+
+
+MANY = [(1024, 33, 4), (1025, 8, 5), (1500, 1500, 5), (16384, 64, 4), (20001, 3, 3)]
+MANY_OPTIONS = {
+    "stats": {"renormalize": True, "stats": True},
+    "groups": {"score": "sigmoid", "renormalize": "pnorm", "p": 3.0},
+    "capped": {"score": "sqrtsoftplus", "softcap": 2.0, "stats": True, "scale": 2.5},
+}
+
+
+@pytest.mark.parametrize("options", MANY_OPTIONS.values(), ids=MANY_OPTIONS.keys())
+@pytest.mark.parametrize("experts, top_k, runs", MANY)
+def test_many_experts(experts, top_k, runs, options, device, instruction_set):
+    if "stats" not in options:
+        options = options | {"groups": (runs, runs if top_k == experts else runs - 1)}
+    # Few tokens, so distinct scores: near-ties may differ between devices.
+    order = torch.rand(3, experts, generator=seeded()).argsort(1)
+    tensors = {
+        "logits": (order - experts / 2) * (6 / experts),
+        "expert_scale": torch.rand(experts, generator=seeded(1)) + 0.5,
+    }
+    if options.get("stats"):
+        options = options | {"segments": place(torch.tensor([1, 0, 1]), device), "num_segments": 2}
+    compare(route(top_k, **options), tensors, device, tuple(tensors))
+
+
 def test_a_bias_that_is_not_finite(device, instruction_set):
     """A bias of -inf bars an expert, +inf forces it, NaN ranks first; the weights never see it."""
     bias = torch.tensor([0.0, -INF, INF, 0.0, NAN, 0.0, 0.0, 0.0])

@@ -41,17 +41,19 @@ __device__ __forceinline__ P load_streamed(const T* from) {
   return out;
 }
 
-// To global memory, as one access: a plain store of a struct may be cut into its elements.
+// To global memory, 16 bytes as one access: a plain store of a struct may be cut into its elements.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-st
 template <class P, class T>
 __device__ __forceinline__ void store_global(T* to, const P& pack) {
-  auto store_bits = [&](auto bits, auto* at) {
-    __builtin_memcpy(&bits, &pack, sizeof bits);
-    __stwb(at, bits);
-  };
-  if constexpr (sizeof(P) == 16) store_bits(uint4{}, reinterpret_cast<uint4*>(to));
-  else if constexpr (sizeof(P) == 8) store_bits(uint2{}, reinterpret_cast<uint2*>(to));
-  else if constexpr (sizeof(P) == 4) store_bits(uint32_t{}, reinterpret_cast<uint32_t*>(to));
-  else *reinterpret_cast<P*>(to) = pack;
+  if constexpr (sizeof(P) == 16) {
+    uint4 bits;
+    __builtin_memcpy(&bits, &pack, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+  } else {
+    *reinterpret_cast<P*>(to) = pack;
+  }
 }
 
 template <class P, class T>

@@ -109,6 +109,7 @@ __device__ __forceinline__ void clear_dropped(const CombineBackwardParams& p, in
   uint32_t left = dropped_rows(p.row_slot, p.slot_row, p.tokens * p.width, p.num_rows, first);
   for (; left; left &= left - 1) {
     T* to = static_cast<T*>(p.grad_rows.data) + (first + arch::lowest_bit(left)) * p.grad_rows.stride;
+#pragma unroll 4
     for (int64_t column = arch::lane_id() * n; column < p.hidden; column += 32 * n)
       arch::store_global(to + column, arch::Pack<T, n>{});
   }

@@ -71,7 +71,7 @@ struct GateUpColumns {
   MOE_INLINE GateUpColumns(const Activation& activation, int64_t i, int64_t inner, int n)
       : gated(activation.gated), interleaved(activation.gated && activation.interleaved) {
     first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 2 : inner + i;
-    first_count = interleaved ? 2 : n, second_count = !gated ? 0 : interleaved ? 2 * (n - 1) : n;
+    first_count = interleaved ? 2 * min(n, 1) : n, second_count = !gated ? 0 : interleaved ? 2 * max(n - 1, 0) : n;
   }
 
   MOE_INLINE GateUp split(float2 a, float2 b) const {
@@ -118,33 +118,52 @@ MOE_INLINE void activate_tile(const GroupedGemmParams& p, const Tile& tile, cons
 }
 
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
-// partial_score [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null.
+// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a row ahead.
 template <class T, int rows, int cols>
 MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile,
-                                       const Products<rows, cols>& products, float* partial_score, int col_tiles) {
+                                       const Products<rows, cols>& products, float* parts, int col_tiles) {
   using Math = ActivationMath<FloatMath>;
+  constexpr int pairs = cols / 64;
   const PairRows<T> out(p.out), pre(p.pre, p.n), grad_pre(p.grad_pre, p.n);
   const Lanes lanes{};
+  const auto count = [&](int pair) { return max(min(tile.cols - lanes.col - 64 * pair, 2), 0); };
+  const auto columns = [&](int pair) -> GateUpColumns {
+    return {p.activation, tile.col_begin + lanes.col + 64 * pair, p.n, count(pair)};
+  };
+  const auto read_row = [&](int row, GateUp(&h)[pairs]) {
+    if (row >= tile.rows) return;
+#pragma unroll
+    for (int pair = 0; pair < pairs; ++pair) {
+      const GateUpColumns at = columns(pair);
+      h[pair] = at.split(pre.load(tile.row_begin + row, at.first, at.first_count),
+                         pre.load(tile.row_begin + row, at.second, at.second_count));
+    }
+  };
+
+  GateUp h[pairs] = {}, next[pairs] = {};
+  read_row(lanes.warp, h);
   for (int i = lanes.warp; i < tile.rows; i += lanes.warps) {
+    read_row(i + lanes.warps, next);
     const int64_t row = tile.row_begin + i;
     const float score = p.score.data ? read(p.score, slot_of(p.a, row)) : 1;
     float share = 0;
-    for (int col = lanes.col; col < tile.cols; col += 64) {
-      const int n = min(tile.cols - col, 2);
-      const GateUpColumns at(p.activation, tile.col_begin + col, p.n, n);
-      const GateUp h = at.split(pre.load(row, at.first, at.first_count), pre.load(row, at.second, at.second_count));
+#pragma unroll
+    for (int pair = 0; pair < pairs; ++pair) {
+      const int n = count(pair), col = lanes.col + 64 * pair;
+      const GateUpColumns at = columns(pair);
       const float2 grad = products.pair(i, col);
-      const auto x = Math::backward(p.activation, h.gate.x, h.up.x, score * grad.x);
-      const auto y = Math::backward(p.activation, h.gate.y, h.up.y, score * grad.y);
+      const auto x = Math::backward(p.activation, h[pair].gate.x, h[pair].up.x, score * grad.x);
+      const auto y = Math::backward(p.activation, h[pair].gate.y, h[pair].up.y, score * grad.y);
       const GateUp grad_h{{x.gate, y.gate}, {x.up, y.up}};
       out.store(row, tile.col_begin + col, {score * x.value, score * y.value}, n);
       grad_pre.store(row, at.first, at.first_of(grad_h), at.first_count);
       grad_pre.store(row, at.second, at.second_of(grad_h), at.second_count);
-      share += grad.x * x.value + (n > 1 ? grad.y * y.value : 0);
+      share += (n > 0 ? grad.x * x.value : 0) + (n > 1 ? grad.y * y.value : 0);
+      h[pair] = next[pair];
     }
-    if (partial_score) {
+    if (parts) {
       for (int distance = 16; distance > 0; distance /= 2) share += arch::shuffle_xor(share, distance);
-      if (lanes.col == 0) partial_score[row * col_tiles + tile.col_begin / cols] = share;
+      if (lanes.col == 0) parts[row * col_tiles + tile.col_begin / cols] = share;
     }
   }
 }
@@ -170,11 +189,11 @@ MOE_INLINE void zero_tile(const GroupedGemmParams& p, const Tile& tile) {
 
 template <class T, int rows, int cols>
 MOE_INLINE void finish_tile(const GroupedGemmParams& p, const Tile& tile, const Products<rows, cols>& products,
-                            float* partial_score, int col_tiles) {
+                            float* parts, int col_tiles) {
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<T>(p, tile, products);
     case Epilogue::activate: return activate_tile<T>(p, tile, products);
-    case Epilogue::activate_backward: return activate_backward_tile<T>(p, tile, products, partial_score, col_tiles);
+    case Epilogue::activate_backward: return activate_backward_tile<T>(p, tile, products, parts, col_tiles);
   }
 }
 

@@ -9,6 +9,7 @@ struct GemmConfig {
   int rows, cols, depth, stages;
   int warp_rows, warp_cols;
   int blocks;  // per processor, so that one's epilogue runs beside another's products
+  bool tensor_cores = true;
 
   constexpr int threads() const { return 32 * warp_rows * warp_cols; }
   constexpr bool operator==(const GemmConfig&) const = default;

@@ -51,12 +51,13 @@ MOE_INLINE void multiply_tile(Shared& shared, const A& a, const B& b, int64_t de
   arch::copy_async_wait<0>();
 }
 
-// direct: the operands can be copied as they lie. partial_score [num_rows, tiles of columns]: see the epilogue.
+// direct: the operands can be copied as they lie. parts [num_rows, tiles of columns]: of the score gradient, see the
+// epilogue.
 template <class T, class Config, bool k_major, bool direct>
 __global__ __launch_bounds__(Config::value.threads(),
                              Config::value.blocks) void grouped_gemm_kernel(const __grid_constant__ GroupedGemmParams p,
                                                                             const __grid_constant__ TileGrid grid,
-                                                                            float* partial_score) {
+                                                                            float* parts) {
   constexpr GemmConfig config = Config::value;
   using A = RowTiles<T, Config, direct>;
   using B = WeightTiles<T, Config, k_major, direct>;
@@ -80,7 +81,7 @@ __global__ __launch_bounds__(Config::value.threads(),
     arch::sync_block();  // the last stages are read, the biases written
     products.store(shared.products, shared.bias);
     arch::sync_block();  // the products are written
-    finish_tile<T>(p, tile, shared.products, partial_score, grid.col_tiles());
+    finish_tile<T>(p, tile, shared.products, parts, grid.col_tiles());
     arch::sync_block();  // and read, before the next tile's operands take their place
   }
 }

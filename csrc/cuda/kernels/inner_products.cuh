@@ -10,7 +10,8 @@
 
 namespace moe {
 
-// A warp's part of the products [kRows, kCols], in fragments of mma_16x8x16.
+// A warp's part of the products [kRows, kCols], in fragments of the tensor cores; float32 is rounded to
+// TF32.
 template <class T, class Config, bool k_major>
 class WarpProducts {
  public:
@@ -21,7 +22,7 @@ class WarpProducts {
   template <class A, class B>
   MOE_INLINE void multiply(A& a, B& b) {
 #pragma unroll
-    for (int k = 0; k < config.depth; k += 16) {
+    for (int k = 0; k < config.depth; k += kStep) {
       uint32_t rows[kRows / 16][4], cols[kCols / 16][4];
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) load_a(rows[i], a, first_row() + 16 * i, k);
@@ -35,7 +36,8 @@ class WarpProducts {
 #pragma unroll
         for (int j = 0; j < kCols / 8; ++j) {
           const uint32_t pair[2] = {cols[j / 2][j % 2 * 2], cols[j / 2][j % 2 * 2 + 1]};
-          arch::mma_16x8x16<T>(values_[i][j], rows[i], pair);
+          if constexpr (sizeof(T) == 2) arch::mma_16x8x16<T>(values_[i][j], rows[i], pair);
+          else arch::mma_16x8x8_tf32(values_[i][j], rows[i], pair);
         }
     }
   }
@@ -55,6 +57,8 @@ class WarpProducts {
   }
 
  private:
+  static constexpr int kStep = 32 / sizeof(T);
+
   static MOE_INLINE int first_row() { return int(threadIdx.x) / 32 / config.warp_cols * kRows; }
   static MOE_INLINE int first_col() { return int(threadIdx.x) / 32 % config.warp_cols * kCols; }
 
@@ -133,6 +137,6 @@ class ThreadProducts {
 
 template <class T, class Config, bool k_major>
 using InnerProducts =
-    std::conditional_t<sizeof(T) == 2, WarpProducts<T, Config, k_major>, ThreadProducts<Config, k_major>>;
+    std::conditional_t<Config::value.tensor_cores, WarpProducts<T, Config, k_major>, ThreadProducts<Config, k_major>>;
 
 }  // namespace moe

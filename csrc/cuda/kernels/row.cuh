@@ -2,10 +2,8 @@
 // how a sum is formed depends neither on the dtype nor on the alignment. Padding is -inf, which adds nothing to a sum.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/arch/memory.cuh"
+#include "cuda/kernels/math.cuh"
 #include "cuda/kernels/rank.cuh"
 #include "stages/params.h"
 
@@ -26,9 +24,9 @@ __device__ __forceinline__ Quad load_quad(const T* row, int64_t first, int64_t c
   Quad out;
   if (aligned && first + 4 <= count) {
     const auto values = arch::load<arch::Pack<T, 4>>(row + first);
-    for (int i = 0; i < 4; ++i) out[i] = float(values[i]);
+    for (int i = 0; i < 4; ++i) out[i] = to_float(values[i]);
   } else {
-    for (int i = 0; i < 4; ++i) out[i] = first + i < count ? float(row[first + i]) : -kInfinity;
+    for (int i = 0; i < 4; ++i) out[i] = first + i < count ? to_float(row[first + i]) : -kInfinity;
   }
   return out;
 }
@@ -37,11 +35,11 @@ template <class T>
 __device__ __forceinline__ void store_quad(T* row, int64_t first, int64_t count, bool aligned, const Quad& values) {
   if (aligned && first + 4 <= count) {
     arch::Pack<T, 4> out;
-    for (int i = 0; i < 4; ++i) out[i] = T(values[i]);
+    for (int i = 0; i < 4; ++i) out[i] = from_float<T>(values[i]);
     arch::store(row + first, out);
   } else {
     for (int i = 0; i < 4; ++i)
-      if (first + i < count) row[first + i] = T(values[i]);
+      if (first + i < count) row[first + i] = from_float<T>(values[i]);
   }
 }
 
@@ -49,7 +47,7 @@ __device__ __forceinline__ void store_quad(T* row, int64_t first, int64_t count,
 __device__ __forceinline__ float read(const Matrix& from, int64_t row, int64_t column) {
   float value = 0;
   with_type(from.dtype, [&](auto zero) {
-    value = float(static_cast<const decltype(zero)*>(from.data)[row * from.stride + column]);
+    value = to_float(static_cast<const decltype(zero)*>(from.data)[row * from.stride + column]);
   });
   return value;
 }
@@ -65,7 +63,7 @@ struct Softcap {
 };
 
 // Blocks of 128 threads that a processor holds at once: registers enough for a row, so that none are spilled.
-constexpr int blocks_per_processor(int quads) { return quads == 1 ? 7 : quads == 2 ? 5 : quads == 4 ? 3 : 2; }
+constexpr int blocks_per_processor(int quads) { return quads == 1 ? 6 : quads == 2 ? 5 : quads == 4 ? 3 : 2; }
 
 // Held in registers.
 template <int kQuads>

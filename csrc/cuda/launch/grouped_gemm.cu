@@ -13,7 +13,7 @@ namespace moe {
 namespace {
 
 template <class T, class Config, bool k_major, bool direct>
-void start(const GroupedGemmParams& p, const TileGrid& grid, float* partial_score, const Device& device) {
+void start(const GroupedGemmParams& p, const TileGrid& grid, float* parts, const Device& device) {
   constexpr GemmConfig config = Config::value;
   using Shared = GemmShared<RowTiles<T, Config, direct>, WeightTiles<T, Config, k_major, direct>, Config>;
   const int blocks = std::min(grid.most_tiles(), device.processors() * config.blocks);
@@ -21,7 +21,7 @@ void start(const GroupedGemmParams& p, const TileGrid& grid, float* partial_scor
           .block = unsigned(config.threads()),
           .shared_bytes = sizeof(Shared),
           .stream = device.stream()},
-         grouped_gemm_kernel<T, Config, k_major, direct>, p, grid, partial_score);
+         grouped_gemm_kernel<T, Config, k_major, direct>, p, grid, parts);
 }
 
 // The sum of the score gradient's parts; slots without a row get zeros.
@@ -41,9 +41,13 @@ void add_score_grad(const GroupedGemmParams& p, const float* parts, int col_tile
 template <class T>
 void multiply(const GroupedGemmParams& p, const Device& device) {
   const bool direct = rows_are_aligned(p.a) && weights_are_aligned(p) && !p.a.scale && p.weight.dtype == p.a.rows.dtype;
-  const GemmConfig config = pick_config(
-      device.arch(),
-      {.dtype = p.a.rows.dtype, .rows = p.num_rows, .experts = p.num_experts, .n = p.n, .k = p.k, .direct = direct});
+  const GemmConfig config = pick_config(device.arch(), {.dtype = p.a.rows.dtype,
+                                                        .rows = p.num_rows,
+                                                        .experts = p.num_experts,
+                                                        .n = p.n,
+                                                        .k = p.k,
+                                                        .direct = direct,
+                                                        .allow_tf32 = p.allow_tf32});
   const bool halves = p.epilogue == Epilogue::activate && p.activation.gated;
   const TileGrid grid{.offsets = p.offsets,
                       .num_experts = int(p.num_experts),
@@ -56,8 +60,11 @@ void multiply(const GroupedGemmParams& p, const Device& device) {
   if (p.grad_score) parts = static_cast<float*>(device.scratch(p.num_rows * col_tiles * int64_t(sizeof(float))));
   std::visit(
       [&](auto k_major, auto as_they_lie) {
-        if constexpr (sizeof(T) == 4) start<T, FloatTiles, k_major, as_they_lie>(p, grid, parts, device);
-        else if constexpr (!as_they_lie) start<T, SmallTiles, k_major, false>(p, grid, parts, device);
+        if constexpr (sizeof(T) == 4) {
+          if constexpr (as_they_lie)
+            if (config == kTf32Tiles) return start<T, Tf32Tiles, k_major, true>(p, grid, parts, device);
+          start<T, FloatTiles, k_major, as_they_lie>(p, grid, parts, device);
+        } else if constexpr (!as_they_lie) start<T, ConvertingTiles, k_major, false>(p, grid, parts, device);
         else if (config == kLargeTiles) start<T, LargeTiles, k_major, true>(p, grid, parts, device);
         else start<T, SmallTiles, k_major, true>(p, grid, parts, device);
       },
