@@ -27,6 +27,12 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--device {wanted}: {error}") from None
         if not (directory() / LIBRARIES[wanted]).is_file():
             raise pytest.UsageError(f"--device {wanted}: {LIBRARIES[wanted]} was not built")
+    if wanted == "cuda":
+        from moe_ops import cuda
+
+        reason = cuda.missing() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+        if reason:
+            raise pytest.UsageError(f"--device cuda: {reason}")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -27,23 +27,25 @@ INCLUDES = {
     "cuda/kernels": ["cuda/kernels/", "cuda/arch/", "stages/"],
     "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/", "device.h"],
     "cuda": ["cuda/", "stages/", "device.h"],
-    "python": ["cpu/", "cuda/launch/", "stages/"],
+    "python": ["cpu/", "cuda/architectures.h", "cuda/launch/", "stages/"],
 }
-# torch is known to the operators, to the CPU's stages for its threads (not to what runs in one), to CUDA's device.h.
+# torch is known to the operators, to the CPU's stages for its threads (not to what runs in one), to CUDA's device.
 TORCH_IN = ("ops", "cpu")
-TORCH_IN_FILE = "cuda/device.h"
+TORCH_IN_FILE = "cuda/device.cpp"
 
 # Modules of the package from the bottom up, and what each may import of it.
 IMPORTS = {
+    "_C": [],
     "types": [],
     "library": [],
+    "cuda": ["_C", "library"],
     "autocast": [],
     "reference": ["types"],
     "checks": ["types"],
     "module_checks": ["checks", "types"],
     "fakes": ["checks"],
     "autograd": ["library"],
-    "ops": ["autocast", "autograd", "checks", "fakes", "library", "types"],
+    "ops": ["autocast", "autograd", "checks", "cuda", "fakes", "library", "types"],
     "functional": ["autocast", "autograd", "checks", "types"],
     "losses": ["checks", "module_checks", "types"],
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "reference", "types"],
@@ -202,6 +204,7 @@ def test_options_have_the_numbers_of_params_h(enum, table):
         ("cuda/kernels/bad.cuh", '#include "cuda/launch/variant.h"', "includes cuda/launch"),
         ("cuda/kernels/bad.cuh", 'asm volatile("bar.sync 0;");', "has asm"),
         ("cuda/launch/bad.cu", "#include <torch/csrc/stable/tensor.h>", "includes torch/csrc"),
+        ("cuda/device.h", "#include <torch/csrc/stable/tensor.h>", "includes torch/csrc"),
         ("cuda/launch/bad.cu", "#if __CUDA_ARCH__ >= 900", "asks for __CUDA_ARCH__"),
         ("ops/bad.cpp", "#ifdef USE_CUDA", "selects its device"),
         ("cpu/bad.cpp", "#include <pybind11/stl.h>", "includes pybind11"),

@@ -12,11 +12,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, autograd, checks, fakes, library
+from moe_ops import autocast, autograd, checks, cuda, fakes, library
 from moe_ops.autograd import call
 from moe_ops.types import Plan, RouteResult
 
 library.load()
+cuda.load()
 fakes.register()
 autograd.register()
 
