@@ -56,6 +56,12 @@ def assert_as_accurate(ours: Tensor, eager: Tensor, oracle: Tensor, what: str = 
         )
 
 
+def assert_close(ours: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
+    """Two ways to compute the same: within these tolerances in float64, within torch's in another dtype."""
+    within = {"rtol": rtol, "atol": atol} if ours.dtype == torch.float64 else {}
+    torch.testing.assert_close(ours, expected, **within)
+
+
 def assert_bitwise_equal(ours: Tensor, expected: Tensor, what: str = "result") -> None:
     """Same shape, dtype and values; NaN equals NaN, -0.0 equals 0.0."""
     ours, expected = ours.detach().cpu(), expected.detach().cpu()

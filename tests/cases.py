@@ -1,5 +1,6 @@
 """The named edges, as data: how tokens choose experts, what logits hold, how tensors lie in memory."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 NAN, INF = float("nan"), float("inf")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DEVICE = os.environ.get("MOE_OPS_DEVICE", "cpu")  # under test: conftest.py sets it
+WIDEST = torch.float64 if DEVICE == "cpu" else torch.float32  # the others have no float64
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([WIDEST] if DEVICE == "cpu" else [])]
 LOW = [torch.bfloat16, torch.float16]
 
 

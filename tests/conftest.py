@@ -1,5 +1,8 @@
 """One suite for every device: `pytest --device cpu|simt|cuda`, one process per device; `--long` adds the big cases."""
 
+import ctypes
+import os
+
 import pytest
 import torch
 
@@ -13,19 +16,36 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
+    config.addinivalue_line("markers", "long_emulated: needs minutes on the emulator; run with --long there")
+    config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
     wanted = config.getoption("--device")
+    os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, here and in subprocesses
     if wanted != "cpu":
-        from moe_ops.library import directory
-
+        try:
+            from moe_ops.library import directory
+        except ImportError as error:
+            raise pytest.UsageError(f"--device {wanted}: {error}") from None
         if not (directory() / LIBRARIES[wanted]).is_file():
             raise pytest.UsageError(f"--device {wanted}: {LIBRARIES[wanted]} was not built")
+    if wanted == "cuda":
+        from moe_ops import cuda
+
+        reason = cuda.missing() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+        if reason:
+            raise pytest.UsageError(f"--device cuda: {reason}")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="long; run with --long")
         for item in items:
-            if "long" in item.keywords:
+            if "long" in item.keywords or ("long_emulated" in item.keywords and config.getoption("--device") == "simt"):
+                item.add_marker(skip)
+    if config.getoption("--device") != "cpu":
+        skip = pytest.mark.skip(reason="float64 is supported on the CPU only")
+        for item in items:
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            if "float64" in item.keywords or any(value is torch.float64 for value in values):
                 item.add_marker(skip)
 
 
@@ -68,3 +88,15 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def launches(pytestconfig):
+    """Gives how many kernels the process has started, on the emulator, which counts them."""
+    if pytestconfig.getoption("--device") != "simt":
+        pytest.skip("only the emulator counts kernels")
+    from moe_ops.library import directory
+
+    count = ctypes.CDLL(str(directory() / LIBRARIES["simt"])).moe_ops_simt_launches
+    count.restype = ctypes.c_uint64
+    return count

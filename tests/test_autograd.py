@@ -6,6 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import moe_ops
+from cases import WIDEST
 from moe_ops.autograd import FORMULAS, call
 from samples import INNER, SAMPLES, E, H, K, Maker, T
 
@@ -38,7 +39,7 @@ def layer(x, weights, experts, w_in, w_out):
 
 @pytest.fixture
 def operands(device):
-    make = Maker(device, torch.float64, grad=True)
+    make = Maker(device, WIDEST, grad=True)
     return make(T, H), make(T, K), make.experts(), make(E, 2 * INNER, H), make(E, H, INNER)
 
 
@@ -69,7 +70,7 @@ class Scale(TorchFunctionMode):
 
 
 def test_torch_function_overrides_the_operator(device):
-    make = Maker(device, torch.float64)
+    make = Maker(device, WIDEST)
     plan, x, factor = make.plan(), make(T, H), make(1, grad=True)
     with Scale(factor):
         rows = moe_ops.permute(x, plan)

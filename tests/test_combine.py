@@ -155,6 +155,16 @@ def test_expert_choice_plan(device):
     assert out["result"][[1, 4]].count_nonzero() == 0
 
 
+def test_launches(device, launches):
+    plan = moe_ops.plan(place(some_dropped(20, 5, 2), device), 5)
+    rows, weights = place(randn(40, 10), device).requires_grad_(), place(powers(20, 2), device).requires_grad_()
+    before = launches()
+    y = moe_ops.combine(rows, weights, plan)
+    assert launches() - before == 1
+    torch.autograd.backward(y, torch.ones_like(y))
+    assert launches() - before == 2
+
+
 def test_any_number_of_threads_and_run_to_run(device, threads, instruction_set):
     ids = crowded(3000, 40, 4)
     tensors = {

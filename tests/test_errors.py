@@ -351,7 +351,7 @@ def test_new_torch_is_accepted(version):
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "directory", lambda: tmp_path)
-    with pytest.raises(ImportError, match=r"libmoe_ops.so and libmoe_ops_cpu.so not found in .*pip install \."):
+    with pytest.raises(ImportError, match=rf"{' and '.join(library.LIBRARIES)} not found in .*pip install \."):
         library.load()
 
 

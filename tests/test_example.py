@@ -44,6 +44,7 @@ def test_script_runs_and_naive_experts_give_the_same_loss():
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
+@pytest.mark.long_emulated
 @pytest.mark.parametrize("balance", ["none", "aux", "bias"])
 def test_loss_falls(example, balance):
     module, arguments = example
@@ -61,6 +62,7 @@ def test_loss_falls(example, balance):
     assert (router.selection_bias is not None) == (balance == "bias")
 
 
+@pytest.mark.long_emulated
 def test_plot_sample_and_progress_bar(example, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     module, arguments = example

@@ -25,18 +25,20 @@ INCLUDES = {
     "cpu": ["cpu/", "stages/", "device.h"],
     "cuda/arch": ["cuda/arch/"],
     "cuda/kernels": ["cuda/kernels/", "cuda/arch/", "stages/"],
-    "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/"],
+    "cuda/launch": ["cuda/launch/", "cuda/kernels/", "cuda/arch/", "stages/", "device.h"],
     "cuda": ["cuda/", "stages/", "device.h"],
-    "python": ["cpu/", "cuda/launch/", "stages/"],
+    "python": ["cpu/", "cuda/architectures.h", "cuda/launch/", "stages/"],
 }
-# torch is known to the operators, to the CPU's stages for its threads (not to what runs in one), to CUDA's device.h.
+# torch is known to the operators, to the CPU's stages for its threads (not to what runs in one), to CUDA's device.
 TORCH_IN = ("ops", "cpu")
-TORCH_IN_FILE = "cuda/device.h"
+TORCH_IN_FILE = "cuda/device.cpp"
 
 # Modules of the package from the bottom up, and what each may import of it.
 IMPORTS = {
+    "_C": [],
     "types": [],
     "library": [],
+    "cuda": ["_C", "library"],
     "autocast": [],
     "reference": ["types"],
     "checks": ["types"],
@@ -44,7 +46,7 @@ IMPORTS = {
     "packing": ["checks", "types"],
     "fakes": ["checks", "packing"],
     "autograd": ["library"],
-    "ops": ["autocast", "autograd", "checks", "fakes", "library", "packing", "types"],
+    "ops": ["autocast", "autograd", "checks", "cuda", "fakes", "library", "packing", "types"],
     "functional": ["autocast", "autograd", "checks", "packing", "types"],
     "losses": ["checks", "module_checks", "types"],
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "packing", "reference", "types"],
@@ -134,6 +136,26 @@ def test_file_length():
     assert long_files(ROOT) == []
 
 
+def declared(file: Path) -> set[str]:
+    """The functions and structs of a header of csrc/cuda/arch, or of its twin."""
+    code = code_of(file.read_text()) if file.is_file() else ""
+    functions = re.findall(r"^(?:[\w:&<>,*]+ )+\*?(\w+)(?:<[^;()]*>)?\(", code, flags=re.MULTILINE)
+    return {*functions, *re.findall(r"^struct (?:alignas\([^{;]*\) )?(\w+)", code, flags=re.MULTILINE)}
+
+
+def without_twin(arch: Path, twins: Path) -> list[str]:
+    return [f"{f.name}: {name}" for f in sorted(arch.glob("*.cuh")) for name in declared(f) - declared(twins / f.name)]
+
+
+def test_every_instruction_has_a_twin(tmp_path):
+    """tests/simt says in C++ what each function of csrc/cuda/arch means."""
+    arch = ROOT / "csrc" / "cuda" / "arch"
+    assert {"launch", "shared", "Launch"} <= declared(arch / "launch.cuh")
+    assert without_twin(arch, ROOT / "tests" / "simt" / "cuda" / "arch") == []
+    (tmp_path / "warp.cuh").write_text("template <class T>\n__device__ __forceinline__ T* look(T* at) {}\n")
+    assert without_twin(tmp_path, arch) == ["warp.cuh: look"]
+
+
 def test_imports_are_ordered():
     """A module imports only modules listed before it, so that there is no cycle."""
     seen: list[str] = []
@@ -183,6 +205,7 @@ def test_options_have_the_numbers_of_params_h(enum, table):
         ("cuda/kernels/bad.cuh", '#include "cuda/launch/variant.h"', "includes cuda/launch"),
         ("cuda/kernels/bad.cuh", 'asm volatile("bar.sync 0;");', "has asm"),
         ("cuda/launch/bad.cu", "#include <torch/csrc/stable/tensor.h>", "includes torch/csrc"),
+        ("cuda/device.h", "#include <torch/csrc/stable/tensor.h>", "includes torch/csrc"),
         ("cuda/launch/bad.cu", "#if __CUDA_ARCH__ >= 900", "asks for __CUDA_ARCH__"),
         ("ops/bad.cpp", "#ifdef USE_CUDA", "selects its device"),
         ("cpu/bad.cpp", "#include <pybind11/stl.h>", "includes pybind11"),

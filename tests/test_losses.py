@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from accuracy import assert_close
+from cases import WIDEST
 from moe_ops import RouteResult, losses, route
 
 
@@ -28,7 +30,7 @@ def load_balancing_loop(experts, prob, segments, num_segments, alpha):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_load_balancing_matches_loop(top_k, num_segments, score, device):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(23, 5, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    logits = torch.randn(23, 5, generator=generator, dtype=WIDEST).to(device).requires_grad_()
     # Segment 2 of 4 stays empty: it must not weigh in the mean.
     segments = torch.tensor([0, 1, 3])[torch.randint(3, (23,), generator=generator)] % num_segments
     segments = segments.to(device)
@@ -36,10 +38,10 @@ def test_load_balancing_matches_loop(top_k, num_segments, score, device):
     prob = logits.softmax(-1) if score == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
     expected = load_balancing_loop(result.experts, prob, segments, num_segments, 0.7)
     loss = losses.load_balancing(result, alpha=0.7)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert_close(loss, expected, rtol=1e-12, atol=0)
     (grad,) = torch.autograd.grad(loss, logits)
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
+    assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 8])
@@ -88,13 +90,13 @@ def test_losses_without_tokens_are_zero():
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp():
-    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=WIDEST, requires_grad=True)
     loss = losses.z_loss(route(logits, 2, stats=True).logsumexp, weight=0.25)
     expected = 0.25 * logits.exp().sum(-1).log().pow(2).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert_close(loss, expected, rtol=1e-12, atol=0)
     (grad,) = torch.autograd.grad(loss, logits)
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
+    assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
 
 
 def test_losses_repeat_bit_for_bit(device):

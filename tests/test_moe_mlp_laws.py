@@ -5,7 +5,7 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
-from cases import Case, crowded, distinct, randn, some_dropped
+from cases import DEVICE, Case, crowded, distinct, randn, some_dropped
 from test_moe_mlp import ALL, GPT_OSS, moe_mlp, random_tensors
 
 LARGE = Case("large", tokens=300, experts=7, top_k=3, hidden=200, inner=90, choose=crowded)
@@ -97,7 +97,9 @@ def test_any_number_of_threads_and_run_to_run(dtype, weight_on, device, threads,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_does_not_depend_on_the_others(dtype, device, instruction_set):
-    """Alone, in a small batch, in another order: the same bits, in y and in the gradients of x and of its weights."""
+    """Alone, in a small batch, in another order: the same bits, in y and in the gradients of x and of its weights.
+
+    A card has another kernel for up to 64 rows in all."""
     case = Case("", tokens=120, experts=5, top_k=2, hidden=130, inner=70, choose=distinct)
     tensors, ids, gradient = random_tensors(case, dtype), case.ids(), randn(120, 130, dtype=dtype, seed=9)
 
@@ -109,7 +111,8 @@ def test_a_token_does_not_depend_on_the_others(dtype, device, instruction_set):
         return y, *grads
 
     together = run(torch.arange(120))
-    for tokens in ([0], [77], [5, 6, 7], list(range(40, 105)), list(range(119, -1, -1))):
+    few = ([0], [77], [5, 6, 7]) if DEVICE == "cpu" else ()
+    for tokens in (*few, list(range(33)), list(range(40, 105)), list(range(119, -1, -1))):
         for name, mine, all_ in zip(("y", "grad x", "grad weights"), run(torch.tensor(tokens)), together, strict=True):
             assert_bitwise_equal(mine, all_[tokens], f"{name} of {len(tokens)} tokens")
 
@@ -121,3 +124,20 @@ def test_gradients_accumulate_like_any_other(device):
     once = torch.autograd.grad(moe_mlp(case.ids())(moe_ops, **tensors).sum(), tensors["w_in"])[0]
     y = moe_mlp(case.ids())(moe_ops, **tensors) + moe_mlp(case.ids())(moe_ops, **tensors)
     assert_bitwise_equal(torch.autograd.grad(y.sum(), tensors["w_in"])[0], 2 * once)
+
+
+@pytest.mark.parametrize(("tokens", "plan_kernels"), [(50, 1), (2100, 3)])
+@pytest.mark.parametrize(("biased", "backward_kernels"), [(False, 6), (True, 8)])
+def test_number_of_kernels(biased, backward_kernels, tokens, plan_kernels, device, launches):
+    """Forward: the plan, two GEMMs, combine. Backward: two GEMMs, the sums of the score gradient, two weight gradients,
+    combine, and two bias gradients."""
+    case = Case("", tokens=tokens)
+    tensors = {n: place(t, device).requires_grad_() for n, t in random_tensors(case).items()}
+    if not biased:
+        del tensors["b_in"], tensors["b_out"]
+    before = launches()
+    y = moe_mlp(case.ids())(moe_ops, **tensors)
+    assert launches() - before == plan_kernels + 3
+    before = launches()
+    torch.autograd.grad(y.sum(), list(tensors.values()))
+    assert launches() - before == backward_kernels

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from accuracy import assert_close
+from cases import WIDEST
 from moe_ops import nn
 
 HIDDEN, INNER, EXPERTS, TOP_K = 12, 7, 5, 2
@@ -78,13 +80,13 @@ def randomise(module, seed=1):
     return module
 
 
-def make(seed=0, dtype=torch.float64, **options):
+def make(seed=0, dtype=WIDEST, **options):
     torch.manual_seed(seed)
     options.setdefault("router", {"renormalize": True})
     return randomise(nn.MoE(HIDDEN, INNER, EXPERTS, TOP_K, dtype=dtype, **options))
 
 
-def tokens(*shape, dtype=torch.float64, seed=2):
+def tokens(*shape, dtype=WIDEST, seed=2):
     return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -110,12 +112,12 @@ def test_moe_matches_loop(options, impl, device):
     grad = tokens(3, 5, seed=3).to(device)
     wanted = [x, *layer.parameters()]
     y, expected = layer(x), loop_moe(layer, x)
-    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+    assert_close(y, expected, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
     ):
         assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
 def test_weight_on_input_scales_what_the_expert_sees(device):
@@ -128,7 +130,7 @@ def test_weight_on_input_scales_what_the_expert_sees(device):
             for t in range(6)
         ]
     )
-    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+    assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_drop_policy_reaches_plan(device):
@@ -137,7 +139,7 @@ def test_drop_policy_reaches_plan(device):
     layer = make(capacity_factor=EXPERTS / (2 * TOP_K))
     with torch.no_grad():
         layer.router.weight.copy_(torch.eye(EXPERTS, HIDDEN))
-    x = torch.zeros(2, HIDDEN, dtype=torch.float64)
+    x = torch.zeros(2, HIDDEN, dtype=WIDEST)
     x[0, :2] = torch.tensor([2.0, 1.0])
     x[1, :2] = torch.tensor([1.0, 2.0])
     layer, x = layer.to(device), x.to(device)
@@ -148,7 +150,7 @@ def test_drop_policy_reaches_plan(device):
         for t, k in kept:
             expected[t] += weights[t, k] * feed_forward(x[t], layer.experts, experts[t, k])
         layer.drop_policy = policy
-        torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+        assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_router_returns_route_and_its_statistics(device):
@@ -168,8 +170,8 @@ def test_router_returns_route_and_its_statistics(device):
 
 
 def test_moe_accepts_a_router_and_checks_its_sizes():
-    router = nn.Router(HIDDEN, EXPERTS, 3, score="softmax_selected", dtype=torch.float64)
-    layer = nn.MoE(HIDDEN, INNER, EXPERTS, 3, router=router, dtype=torch.float64)
+    router = nn.Router(HIDDEN, EXPERTS, 3, score="softmax_selected", dtype=WIDEST)
+    layer = nn.MoE(HIDDEN, INNER, EXPERTS, 3, router=router, dtype=WIDEST)
     assert layer.router is router
     logits, chosen = (tokens(4) @ router.weight.T).topk(3)
     weights, experts = layer.router(tokens(4))
@@ -193,7 +195,7 @@ def test_few_tokens(shape, options, device):
     if x.numel() == 0:
         assert not layer.experts.w_in.grad.any()
     else:
-        torch.testing.assert_close(y, loop_moe(layer, x), rtol=1e-10, atol=1e-12)
+        assert_close(y, loop_moe(layer, x), rtol=1e-10, atol=1e-12)
 
 
 def test_router_is_float32_under_autocast_and_with_bfloat16_weights():

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
+from cases import DEVICE, WIDEST
 from moe_ops.library import OPERATORS
 from samples import INNER, SAMPLES, E, H, K, Maker, T
 
@@ -39,11 +40,20 @@ def test_opcheck_with_gradients(name, dtype, device):
         torch.library.opcheck(getattr(torch.ops.moe_ops, name).default, args)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has float64")
+@pytest.mark.parametrize("name", sorted({*OPERATORS} - {"plan", "permute"}))
+def test_float64_is_refused_where_there_is_none(name, device):
+    for args in SAMPLES[name](Maker(device, torch.float64)):
+        with pytest.raises(ValueError, match=r"^\w+: float64 is supported on the CPU only"):
+            getattr(torch.ops.moe_ops, name)(*args)
+
+
 @pytest.fixture
 def make(device):
-    return Maker(device, torch.float64, grad=True)
+    return Maker(device, WIDEST, grad=True)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("renormalize", RENORMALIZE)
 @pytest.mark.parametrize("score", SCORES)
 def test_gradient_of_route(score, renormalize, make):
@@ -59,6 +69,7 @@ def test_gradient_of_route(score, renormalize, make):
     assert gradcheck(call, (make(T, E), make(E)))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,18 +92,21 @@ def test_gradient_of_route_options(options, make):
     assert gradcheck(lambda logits: moe_ops.route(logits, K, **options)[0], (make(T, E),))
 
 
+@pytest.mark.float64
 def test_gradient_of_each_route_output_alone(make):
     logits = make(T, E)
     for output in ("weights", "mean_prob", "logsumexp"):
         assert gradcheck(lambda z, output=output: getattr(moe_ops.route(z, K, stats=True), output), (logits,))
 
 
+@pytest.mark.float64
 def test_gradients_of_permute(make):
     plan = make.plan()
     assert gradcheck(lambda x: moe_ops.permute(x, plan), (make(T, H),))
     assert gradgradcheck(lambda x: moe_ops.permute(x, plan), (make(T, H),))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("biased", (False, True))
 @pytest.mark.parametrize("gather", (False, True))
 @pytest.mark.parametrize("transposed", (False, True))
@@ -107,6 +121,7 @@ def test_gradient_of_grouped_gemm(transposed, gather, biased, make):
     assert gradcheck(call, (make(T if gather else T * K, H), weight, *([make(E, INNER)] if biased else [])))
 
 
+@pytest.mark.float64
 def test_gradients_of_combine(make):
     plan = make.plan()
     assert gradcheck(lambda rows, weights: moe_ops.combine(rows, weights, plan), (make(T * K, H), make(T, K)))
@@ -114,6 +129,7 @@ def test_gradients_of_combine(make):
     assert gradgradcheck(lambda rows: moe_ops.combine(rows, None, plan), (make(T * K, H),))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("weight_on", ("output", "input"))
 @pytest.mark.parametrize("kind", ("plain", "concatenated", "interleaved"))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -135,6 +151,7 @@ def test_gradient_of_moe_mlp(activation, kind, weight_on, make):
     assert gradcheck(call, (make(T, H), make(T, K), make(E, pre, H), make(E, H, INNER), *biases))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("hidden, inner", [(H, 0), (0, INNER)])
 def test_gradient_of_moe_mlp_without_inner_or_hidden(hidden, inner, make):
     """Without inner columns the output is the bias, and the weights still have a gradient."""
@@ -146,6 +163,7 @@ def test_gradient_of_moe_mlp_without_inner_or_hidden(hidden, inner, make):
     assert gradcheck(call, (tensors[0], make(T, K), *tensors[1:]))
 
 
+@pytest.mark.float64
 def test_gradient_of_a_whole_layer(make):
     def call(x, router, w_in, w_out):
         weights, experts = moe_ops.route(x @ router.t(), K, renormalize=True)

@@ -115,6 +115,15 @@ def test_expert_choice_plan(dtype, device, instruction_set):
     assert_bitwise_equal(out["result"], x[chosen.flatten()])
 
 
+def test_launches(device, launches):
+    """Dropped rows are cleared by the launch that moves the others."""
+    plan = moe_ops.plan(place(some_dropped(40, 7, 3), device), 7)
+    x = place(randn(40, 5), device)
+    before = launches()
+    moe_ops.permute(x, plan)
+    assert launches() - before == 1
+
+
 def test_any_number_of_threads(device, threads):
     ids = torch.randint(-1, 16, (4000, 4), generator=seeded())
     x = randn(4000, 33)

@@ -93,6 +93,7 @@ def test_probability_order(dtype, device):
         assert_plan(ours, by_hand(ids, 1, capacity, "probability", weights))
 
 
+@pytest.mark.float64
 def test_probability_compares_float64_weights_exactly(device):
     weights = torch.tensor([[1.0, 1.0 + 2**-50]], dtype=torch.float64)
     ids = torch.zeros(1, 2, dtype=torch.int32)
@@ -131,6 +132,26 @@ def test_any_number_of_threads(policy, tokens, experts, top_k, device, threads):
         )
         for name, a, b in zip(ours._fields, ours, expected, strict=True):
             assert_bitwise_equal(a, b, f"{name} with {count} threads")
+
+
+@pytest.mark.parametrize(
+    "tokens, policy, capacity, expected",
+    [
+        (1365, "probability", 9, 1),  # 4095 slots: one block does everything
+        (1365, "choice_first", 9, 1),
+        (1366, "position", None, 3),
+        (1366, "position", 9, 3),
+        (1366, "choice_first", 9, 6),
+        (1366, "probability", 9, 7),
+        (1366, "probability", 1366 * 3, 3),  # no limit
+        (0, "position", None, 1),
+    ],
+)
+def test_launches(tokens, policy, capacity, expected, device, launches):
+    ids, weights = torch.randint(0, 60, (tokens, 3), generator=seeded()), torch.rand(tokens, 3, generator=seeded(1))
+    before = launches()
+    moe_ops.plan(place(ids, device), 60, capacity=capacity, drop_policy=policy, weights=place(weights, device))
+    assert launches() - before == expected
 
 
 def test_row_token_and_pytree(device):

@@ -8,7 +8,7 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal
-from cases import every_dtype, every_layout, randn
+from cases import DEVICE, every_dtype, every_layout, randn
 from moe_ops import _C, PackedWeight
 from test_errors import GOOD as CALLS
 from test_errors import INNER, E, H, K, T, half, zeros
@@ -17,10 +17,7 @@ LOW = (torch.bfloat16, torch.float16)
 GOOD = CALLS | {"prepack": {"weight": zeros(E, INNER, H)}}
 
 
-@pytest.fixture(autouse=True)
-def only_on_the_cpu(device):
-    if device.type != "cpu":
-        pytest.skip("PackedWeights are for the CPU")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="PackedWeights are for the CPU")
 
 
 def offsets_of(counts):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_ops
-from accuracy import assert_bitwise_equal, compare, place
+from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
 from cases import DTYPES, INF, LOGITS, NAN, constant, every_dtype, every_layout, integers, randn, same_rows, seeded
 
 SCORES = ["softmax", "softmax_selected", "sigmoid", "sqrtsoftplus", "identity"]
@@ -116,6 +116,42 @@ def test_many_ties(dtype, device, instruction_set):
             assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
 
 
+@pytest.mark.parametrize("experts", [3, 33, 64, 65, 130, 257, 600, 1024, 1031])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_of_wide_rows(experts, dtype, device, instruction_set):
+    """NaN, infinities, signed zeros and ties on both sides of every width that kernels are made for."""
+    values = torch.tensor([0.0, -0.0, 0.25, 1.0, -1.0, -2.5, INF, -INF, NAN, -NAN, 1e-45, -1e-45, 3e38])
+    logits = values[torch.randint(0, len(values), (6, experts), generator=seeded(experts))].to(dtype)
+    logits[4], logits[5] = -INF, NAN
+    for top_k in {1, min(9, experts), experts // 2 + 1, experts}:
+        _, chosen = moe_ops.route(place(logits, device), top_k)
+        assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
+
+
+MANY = [(1024, 33, 4), (1025, 8, 5), (1500, 1500, 5), (16384, 64, 4), (20001, 3, 3)]
+MANY_OPTIONS = {
+    "stats": {"renormalize": True, "stats": True},
+    "groups": {"score": "sigmoid", "renormalize": "pnorm", "p": 3.0},
+    "capped": {"score": "sqrtsoftplus", "softcap": 2.0, "stats": True, "scale": 2.5},
+}
+
+
+@pytest.mark.parametrize("options", MANY_OPTIONS.values(), ids=MANY_OPTIONS.keys())
+@pytest.mark.parametrize("experts, top_k, runs", MANY)
+def test_many_experts(experts, top_k, runs, options, device, instruction_set):
+    if "stats" not in options:
+        options = options | {"groups": (runs, runs if top_k == experts else runs - 1)}
+    # Few tokens, so distinct scores: near-ties may differ between devices.
+    order = torch.rand(3, experts, generator=seeded()).argsort(1)
+    tensors = {
+        "logits": (order - experts / 2) * (6 / experts),
+        "expert_scale": torch.rand(experts, generator=seeded(1)) + 0.5,
+    }
+    if options.get("stats"):
+        options = options | {"segments": place(torch.tensor([1, 0, 1]), device), "num_segments": 2}
+    compare(route(top_k, **options), tensors, device, tuple(tensors))
+
+
 def test_a_bias_that_is_not_finite(device, instruction_set):
     """A bias of -inf bars an expert, +inf forces it, NaN ranks first; the weights never see it."""
     bias = torch.tensor([0.0, -INF, INF, 0.0, NAN, 0.0, 0.0, 0.0])
@@ -183,6 +219,29 @@ def test_expanded_logits_and_gradients(expand, device):
     gradients["logsumexp"] = constant(randn(20, seed=3))
     call = route(3, score="sigmoid", renormalize=True, stats=True)
     compare(call, {"logits": logits}, device, ("logits",), gradients=gradients, grad_layout=expand)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradients_of_any_experts(score, device, instruction_set):
+    """Experts that route never returns: out of range, which count nowhere, repeated, and more than there are."""
+    ids = torch.tensor([[0, 0, -1, 7, 5, 2, 2, 3, 1, 99], [6, -(2**31), 2**31 - 1, 4, 4, 4, 4, 4, 0, 5]] * 10)
+    logits, scales, gradient = randn(20, 6), randn(6, seed=1), randn(20, 10, seed=2)
+    inside = (ids >= 0) & (ids < 6)
+    slots = ids.where(inside, 0)
+
+    def transcription(dtype):
+        z, scale = logits.to(dtype).requires_grad_(), scales.to(dtype).requires_grad_()
+        s = (z.softmax(1) if score == "softmax" else z.sigmoid()).gather(1, slots) * inside
+        w = s / (s.sum(1, keepdim=True) + 0.1) * 1.5 * scale[slots]
+        return torch.autograd.grad(w, (z, scale), gradient.to(dtype))
+
+    number = {"softmax": 0, "sigmoid": 2}[score]
+    grad, z, experts, scale = (place(t, device) for t in (gradient, logits, ids.int(), scales))
+    ours = torch.ops.moe_ops.route_backward(grad, None, None, z, experts, number, scale, 1, 0.1, 1.0, 1.5, 0.0, None, 1)
+    for name, x, eager, oracle in zip(
+        ("logits", "scale"), ours, transcription(torch.float32), transcription(torch.float64), strict=True
+    ):
+        assert_as_accurate(x, eager, oracle, name)
 
 
 def test_nan_stays_in_its_token(device, instruction_set):

@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/roof.h"
+#include "cuda/architectures.h"
 
 namespace py = pybind11;
 
@@ -33,7 +34,8 @@ py::dict build_facts() {
   facts["torch headers"] = MOE_BUILT_WITH_TORCH;
   facts["oldest torch"] = MOE_BUILT_FOR_TORCH;
   facts["cpu architectures"] = MOE_BUILT_FOR_CPU;
-  facts["cuda architectures"] = "none";
+  facts["cuda architectures"] = MOE_BUILT_FOR_CUDA;
+  facts["cuda"] = MOE_BUILT_WITH_CUDA;
   facts["sanitizers"] = *MOE_BUILT_WITH_SANITIZERS ? MOE_BUILT_WITH_SANITIZERS : "none";
   return facts;
 }
@@ -51,5 +53,7 @@ PYBIND11_MODULE(_C, m) {
       "roofs", &roofs, py::arg("bytes"), py::arg("seconds") = 0.2,
       "Measure this machine's roofs on torch's threads: FLOP/s of multiply-adds by dtype, bytes/s read and copied over "
       "buffers of `bytes`");
+  m.def("has_cuda_kernels", &moe::has_kernels, py::arg("architectures"), py::arg("arch"),
+        "Whether a card of compute capability `arch` (80, 90) is served by architectures such as 'sm_80 compute_80'");
   m.def("build_facts", &build_facts, "How the libraries were compiled: name and value, in the order of a report");
 }

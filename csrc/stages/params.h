@@ -176,7 +176,8 @@ struct GroupedGemmParams {
   ExpertWeights weight;    // [E, N, K]
   const int32_t* offsets;  // [E + 1]
   int64_t num_experts, num_rows, n, k;
-  Vector bias;  // [E, N]
+  Vector bias;              // [E, N]
+  bool allow_tf32 = false;  // float32 products may be rounded to TF32 where that is faster
 
   Epilogue epilogue = Epilogue::store;
   Activation activation;
@@ -200,6 +201,7 @@ struct WeightGradParams {
   void* out;  // [E, N, K] contiguous
   Dtype out_dtype;
   bool accumulate = false;  // out += instead of out =
+  bool allow_tf32 = false;
 };
 
 // out[e] = sum of grad[rows of e]: [E, N], summed in row order.

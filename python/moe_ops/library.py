@@ -1,5 +1,6 @@
-"""Loads the compiled libraries that lie beside the package: the operators' schemas, then the kernels of the CPU."""
+"""Loads the compiled libraries that lie beside the package: the operators' schemas, then the kernels of a device."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,9 @@ OPERATORS = (
     "moe_mlp_backward",
 )
 
-LIBRARIES = ("libmoe_ops.so", "libmoe_ops_cpu.so")
+# What runs on CPU tensors: the CPU's kernels or, with MOE_OPS_DEVICE=simt, those of CUDA on an emulator, for tests.
+EMULATED = os.environ.get("MOE_OPS_DEVICE") == "simt"
+LIBRARIES = ("libmoe_ops.so", "libmoe_ops_simt.so" if EMULATED else "libmoe_ops_cpu.so")
 OLDEST_TORCH = (2, 10)
 
 

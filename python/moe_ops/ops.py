@@ -12,12 +12,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, autograd, checks, fakes, library, packing
+from moe_ops import autocast, autograd, checks, cuda, fakes, library, packing
 from moe_ops.autograd import call
 from moe_ops.packing import operand
 from moe_ops.types import PackedWeight, Plan, RouteResult
 
 library.load()
+cuda.load()
 fakes.register()
 autograd.register()
 

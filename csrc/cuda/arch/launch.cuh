@@ -1,0 +1,45 @@
+// How a kernel is started and where its shared memory lies.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <source_location>
+#include <stdexcept>
+#include <string>
+
+namespace moe {
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes = 0;  // of the struct that the kernel reads with arch::shared
+  cudaStream_t stream = nullptr;
+};
+
+inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("moe_ops: CUDA error in ") + where.function_name() + ": " +
+                           cudaGetErrorString(status));
+}
+
+// An empty grid starts nothing.
+template <class... Params, class... Args>
+void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
+  if (at.shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(at.shared_bytes)));
+  const cudaLaunchConfig_t config{
+      .gridDim = at.grid, .blockDim = at.block, .dynamicSmemBytes = at.shared_bytes, .stream = at.stream};
+  check(cudaLaunchKernelEx(&config, kernel, Params(args)...));
+}
+
+namespace arch {
+
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T& shared() {
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  return *reinterpret_cast<T*>(bytes);
+}
+
+}  // namespace arch
+}  // namespace moe

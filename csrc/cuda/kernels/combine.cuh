@@ -1,0 +1,175 @@
+// combine: y[t] = sum over k, in order, of weights[t, k] * rows[slot_row[t, k]].
+// combine_backward: grad_rows[r] = weights[slot] * grad_y[token], grad_weights[slot] = <grad_y[token], rows[r]>.
+//
+// Bound by memory. Forward, a warp keeps a piece of y in registers while the rows of its token pass, several of them in
+// flight, so that rows are read once and y is written once. Backward, a warp takes a slot: the warps of one token run
+// side by side and share its gradient through L1, and a dot product ends in one warp, in the same order at every run.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/arch/memory.cuh"
+#include "cuda/arch/warp.cuh"
+#include "cuda/kernels/dropped.cuh"
+#include "stages/params.h"
+
+namespace moe {
+
+inline constexpr int kCombineThreads = 256;
+inline constexpr int kCombineRows = 4;  // in flight at a time
+
+// Accesses of one lane to a row, of n elements each: 16 bytes, or one element.
+template <int n>
+inline constexpr int kCombineAccesses = n > 1 ? 2 : 4;
+inline constexpr int kBackwardAccesses = 4;
+
+__device__ __forceinline__ float read_weight(const Vector& weights, int64_t slot) {
+  switch (weights.dtype) {
+    case Dtype::float32: return static_cast<const float*>(weights.data)[slot];
+    case Dtype::bfloat16: return float(static_cast<const __nv_bfloat16*>(weights.data)[slot]);
+    case Dtype::float16: return float(static_cast<const __half*>(weights.data)[slot]);
+    default: return float(static_cast<const double*>(weights.data)[slot]);
+  }
+}
+
+__device__ __forceinline__ void write_weight(void* weights, Dtype dtype, int64_t slot, float value) {
+  switch (dtype) {
+    case Dtype::float32: static_cast<float*>(weights)[slot] = value; break;
+    case Dtype::bfloat16: static_cast<__nv_bfloat16*>(weights)[slot] = __nv_bfloat16(value); break;
+    case Dtype::float16: static_cast<__half*>(weights)[slot] = __half(value); break;
+    default: static_cast<double*>(weights)[slot] = double(value);
+  }
+}
+
+// A warp takes a piece of one token's y.
+template <class T, int n>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ CombineParams p) {
+  using Values = arch::Pack<T, n>;
+  constexpr int accesses = kCombineAccesses<n>, piece = 32 * n * accesses;
+  const int64_t pieces = (p.hidden + piece - 1) / piece;
+  const int64_t warp = (int64_t(blockIdx.x) * kCombineThreads + threadIdx.x) / 32;
+  const int64_t token = warp / pieces, begin = warp % pieces * piece;
+  if (token >= p.tokens) return;
+  auto column = [&](int i) { return begin + (i * 32 + arch::lane_id()) * n; };
+
+  float sum[accesses][n] = {};
+  for (int64_t k = 0; k < p.width; k += 32) {
+    // Each lane finds the row of one slot, the warp adds them in turn.
+    const int64_t slot = token * p.width + k + arch::lane_id();
+    int32_t row = -1;
+    if (k + arch::lane_id() < p.width) row = p.slot_row[slot];
+    const bool found = row >= 0 && row < p.num_rows;
+    const float weight = found && p.weights.data ? read_weight(p.weights, slot) : 1.0f;
+
+    for (uint32_t left = arch::ballot(found); left;) {
+      const int count = min(arch::count_bits(left), kCombineRows);
+      Values values[kCombineRows][accesses] = {};
+      float scale[kCombineRows];
+#pragma unroll
+      for (int r = 0; r < kCombineRows; ++r) {
+        if (r >= count) continue;
+        const int source = arch::lowest_bit(left);
+        left &= left - 1;
+        scale[r] = arch::shuffle(weight, source);
+        const T* from = static_cast<const T*>(p.rows.data) + arch::shuffle(row, source) * p.rows.stride;
+#pragma unroll
+        for (int i = 0; i < accesses; ++i)
+          if (column(i) < p.hidden) values[r][i] = arch::load_streamed<Values>(from + column(i));
+      }
+#pragma unroll
+      for (int r = 0; r < kCombineRows; ++r) {
+        if (r >= count) continue;
+#pragma unroll
+        for (int i = 0; i < accesses; ++i)
+#pragma unroll
+          for (int v = 0; v < n; ++v) sum[i][v] += scale[r] * float(values[r][i][v]);
+      }
+    }
+  }
+
+  T* y = static_cast<T*>(p.y.data) + token * p.y.stride;
+#pragma unroll
+  for (int i = 0; i < accesses; ++i) {
+    Values out;
+#pragma unroll
+    for (int v = 0; v < n; ++v) out[v] = T(sum[i][v]);
+    if (column(i) < p.hidden) arch::store_global(y + column(i), out);
+  }
+}
+
+template <class T, int n>
+int64_t combine_blocks(const CombineParams& p) {
+  constexpr int piece = 32 * n * kCombineAccesses<n>;
+  return (p.tokens * ((p.hidden + piece - 1) / piece) * 32 + kCombineThreads - 1) / kCombineThreads;
+}
+
+template <class T, int n>
+__device__ __forceinline__ void clear_dropped(const CombineBackwardParams& p, int64_t first) {
+  uint32_t left = dropped_rows(p.row_slot, p.slot_row, p.tokens * p.width, p.num_rows, first);
+  for (; left; left &= left - 1) {
+    T* to = static_cast<T*>(p.grad_rows.data) + (first + arch::lowest_bit(left)) * p.grad_rows.stride;
+#pragma unroll 4
+    for (int64_t column = arch::lane_id() * n; column < p.hidden; column += 32 * n)
+      arch::store_global(to + column, arch::Pack<T, n>{});
+  }
+}
+
+// A warp takes a slot, or 32 rows to clear. `rows`: grad_rows is wanted; `dot`: grad_weights is.
+template <class T, int n, bool rows, bool dot>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_backward_kernel(const __grid_constant__ CombineBackwardParams p) {
+  using Values = arch::Pack<T, n>;
+  constexpr int accesses = kBackwardAccesses;
+  const int64_t slots = p.tokens * p.width;
+  const int64_t slot = (int64_t(blockIdx.x) * kCombineThreads + threadIdx.x) / 32;
+  if (slot >= slots) {
+    if constexpr (rows) clear_dropped<T, n>(p, (slot - slots) * 32);
+    return;
+  }
+  const int64_t row = p.slot_row[slot];
+  const bool found = row >= 0 && row < p.num_rows && p.row_slot[row] == slot;
+
+  float sum[accesses] = {};
+  if (found) {
+    const float weight = rows && p.weights.data ? read_weight(p.weights, slot) : 1.0f;
+    const T* grad_y = static_cast<const T*>(p.grad_y.data) + slot / p.width * p.grad_y.stride;
+    const T* from = dot ? static_cast<const T*>(p.rows.data) + row * p.rows.stride : nullptr;
+    T* to = rows ? static_cast<T*>(p.grad_rows.data) + row * p.grad_rows.stride : nullptr;
+    for (int64_t begin = arch::lane_id() * n; begin < p.hidden; begin += 32 * n * accesses) {
+      Values grad[accesses] = {}, other[accesses] = {};
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) {
+        const int64_t column = begin + i * 32 * n;
+        if (column >= p.hidden) continue;
+        grad[i] = arch::load<Values>(grad_y + column);
+        if constexpr (dot) other[i] = arch::load_streamed<Values>(from + column);
+      }
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) {
+        const int64_t column = begin + i * 32 * n;
+        if (column >= p.hidden) continue;
+        Values scaled;
+#pragma unroll
+        for (int v = 0; v < n; ++v) {
+          scaled[v] = T(weight * float(grad[i][v]));
+          if constexpr (dot) sum[i] += float(grad[i][v]) * float(other[i][v]);
+        }
+        if constexpr (rows) arch::store_global(to + column, scaled);
+      }
+    }
+  }
+
+  if constexpr (dot) {
+    float product = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int distance = 16; distance > 0; distance /= 2) product += arch::shuffle_xor(product, distance);
+    if (arch::lane_id() == 0) write_weight(p.grad_weights, p.weights.dtype, slot, product);
+  }
+}
+
+inline int64_t combine_backward_blocks(const CombineBackwardParams& p) {
+  const int64_t warps = p.tokens * p.width + (p.grad_rows ? (p.num_rows + 31) / 32 : 0);
+  return (warps * 32 + kCombineThreads - 1) / kCombineThreads;
+}
+
+}  // namespace moe

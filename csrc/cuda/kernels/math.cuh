@@ -1,0 +1,66 @@
+// Numbers in kernels: every element type as float, and what the activation computes with.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "stages/params.h"
+
+#define MOE_INLINE __device__ __forceinline__
+
+namespace moe {
+
+MOE_INLINE float to_float(float x) { return x; }
+MOE_INLINE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+MOE_INLINE float to_float(__half x) { return __half2float(x); }
+
+// The nearest T.
+template <class T>
+MOE_INLINE T from_float(float x);
+template <>
+MOE_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <>
+MOE_INLINE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+MOE_INLINE __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class T>
+inline constexpr Dtype dtype_of = Dtype::float32;
+template <>
+inline constexpr Dtype dtype_of<__nv_bfloat16> = Dtype::bfloat16;
+template <>
+inline constexpr Dtype dtype_of<__half> = Dtype::float16;
+
+// One value of a vector of any dtype.
+MOE_INLINE float read(const Vector& vector, int64_t i) {
+  switch (vector.dtype) {
+    case Dtype::float32: return static_cast<const float*>(vector.data)[i];
+    case Dtype::bfloat16: return to_float(static_cast<const __nv_bfloat16*>(vector.data)[i]);
+    case Dtype::float16: return to_float(static_cast<const __half*>(vector.data)[i]);
+    case Dtype::float64: return float(static_cast<const double*>(vector.data)[i]);
+  }
+  return 0;
+}
+
+// For ActivationMath.
+struct FloatMath {
+  using V = float;
+  static MOE_INLINE float constant(double value) { return float(value); }
+  static MOE_INLINE float exp(float x) { return expf(x); }
+  static MOE_INLINE float tanh(float x) { return tanhf(x); }
+  static MOE_INLINE float erf(float x) { return erff(x); }
+  static MOE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+  static MOE_INLINE float select(bool mask, float a, float b) { return mask ? a : b; }
+};
+
+}  // namespace moe

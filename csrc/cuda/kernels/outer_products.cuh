@@ -1,0 +1,131 @@
+// What a block has summed up of a tile of grad^T . a [kGradTile, kGradTile], rows of grad and a added step by step: on
+// tensor cores for two-byte values, in float32 otherwise.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/arch/mma.cuh"
+#include "cuda/kernels/row_tiles.cuh"
+
+namespace moe {
+
+// Four neighbours of a row of the tile go to put(row, col, values).
+using Quad4 = arch::Pack<float, 4>;
+
+// Four warps, each a quarter of the tile: 64 x 64.
+template <class T>
+class TensorCoreProducts {
+ public:
+  // What the warps write down, half a quarter at a time, to store it in whole lines; padded so that the fragments'
+  // rows meet every bank once.
+  struct Staging {
+    float values[4][32][72];
+  };
+
+  __device__ __forceinline__ void add(RowTile<T>& grad, RowTile<T>& a) {
+    const int lane = arch::lane_id(), row = lane % 8, upper = lane / 16, odd = lane / 8 % 2;
+#pragma unroll
+    for (int r = 0; r < kGradDepth<T>; r += 16) {
+      uint32_t left[4][4], right[4][4];  // [16 of n, 16 rows] and twice [8 of k, 16 rows]
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        arch::load_matrix_x4_transposed(left[i], grad.chunk(r + row + 8 * upper, 8 * warp_n() + 2 * i + odd));
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        arch::load_matrix_x4_transposed(right[j], a.chunk(r + row + 8 * odd, 8 * warp_k() + 2 * j + upper));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          arch::mma_16x8x16<T>(sums_[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]});
+    }
+  }
+
+  // No warp may still read the steps whose place the staging takes.
+  template <class Put>
+  __device__ __forceinline__ void write(Staging& staging, const Put& put) {
+    const int lane = arch::lane_id(), warp = int(threadIdx.x) / 32;
+    auto& rows = staging.values[warp];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)  // fragment i % 2, its rows below 8 or from 8 on
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float* sums = sums_[2 * half + i / 2][j] + i % 2 * 2;
+          arch::store(&rows[8 * i + lane / 4][8 * j + lane % 4 * 2], arch::Pack<float, 2>{{sums[0], sums[1]}});
+        }
+      arch::sync_warp();  // the rows are there
+#pragma unroll 4
+      for (int row = lane / 16; row < 32; row += 2) {
+        const int col = lane % 16 * 4;
+        put(64 * warp_n() + 32 * half + row, 64 * warp_k() + col, arch::load<Quad4>(&rows[row][col]));
+      }
+      arch::sync_warp();  // and read
+    }
+  }
+
+ private:
+  __device__ static int warp_n() { return int(threadIdx.x) / 64; }
+  __device__ static int warp_k() { return int(threadIdx.x) / 32 % 2; }
+
+  float sums_[4][8][4] = {};
+};
+
+// 16 x 16 threads, each two by two squares of four, so that a warp reads whole lines. A float32 sum of many terms loses
+// bits: every kStepsOfPart steps are summed apart.
+class FloatProducts {
+ public:
+  struct Staging {};
+
+  __device__ __forceinline__ void add(RowTile<float>& grad, RowTile<float>& a) {
+#pragma unroll
+    for (int r = 0; r < kGradDepth<float>; ++r) {
+      Quad4 left[2], right[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        left[half] = arch::load<Quad4>(&grad.values[r][64 * half + thread_n()]);
+        right[half] = arch::load<Quad4>(&a.values[r][64 * half + thread_k()]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) part_[i][j] += left[i / 4][i % 4] * right[j / 4][j % 4];
+    }
+    if (++steps_ % kStepsOfPart == 0) add_part();
+  }
+
+  template <class Put>
+  __device__ __forceinline__ void write(Staging&, const Put& put) {
+    add_part();
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* sums = sums_[i] + 4 * half;
+        put(64 * (i / 4) + thread_n() + i % 4, 64 * half + thread_k(), Quad4{{sums[0], sums[1], sums[2], sums[3]}});
+      }
+  }
+
+ private:
+  static constexpr int kStepsOfPart = 16;
+
+  // A warp has 4 x 8 threads: the fewest lines.
+  __device__ static int thread_n() { return 4 * (int(threadIdx.x) / 64 * 4 + int(threadIdx.x) / 8 % 4); }
+  __device__ static int thread_k() { return 4 * (int(threadIdx.x) / 32 % 2 * 8 + int(threadIdx.x) % 8); }
+
+  __device__ __forceinline__ void add_part() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums_[i][j] += part_[i][j], part_[i][j] = 0;
+  }
+
+  int steps_ = 0;
+  float part_[8][8] = {}, sums_[8][8] = {};
+};
+
+template <class T>
+using OuterProducts = std::conditional_t<sizeof(T) == 2, TensorCoreProducts<T>, FloatProducts>;
+
+}  // namespace moe

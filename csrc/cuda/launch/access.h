@@ -1,0 +1,27 @@
+// How wide the accesses to a tensor may be.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "cuda/arch/memory.cuh"
+#include "cuda/launch/variant.h"
+
+namespace moe {
+
+inline int64_t address(const void* data) { return int64_t(reinterpret_cast<uintptr_t>(data)); }
+
+// The widest access in bytes, 16 at most, that divides all addresses, strides and sizes.
+inline int64_t widest_access(std::initializer_list<int64_t> bytes) {
+  int64_t all = 16;
+  for (int64_t n : bytes) all |= n;
+  return all & -all;
+}
+
+// What moves `bytes` at once.
+template <int bytes>
+using Bytes = std::conditional_t<bytes >= 4, arch::Pack<uint32_t, bytes / 4>,
+                                 std::conditional_t<bytes == 2, arch::Pack<uint16_t, 1>, arch::Pack<uint8_t, 1>>>;
+
+}  // namespace moe

@@ -1,0 +1,15 @@
+// The ways to start a grouped GEMM; grouped_gemm.cu chooses.
+#pragma once
+
+#include "stages/stages.h"
+
+namespace moe {
+
+// So few rows that reading the weights bounds it.
+inline constexpr int64_t kFewRowsOfProblem = 64;
+void grouped_gemm_few_rows(const GroupedGemmParams&, const Device&);
+
+// p.grad_score from partial [R, col_tiles], what each tile of columns adds to <dA', A>.
+void sum_score_gradients(const GroupedGemmParams& p, const float* partial, int64_t col_tiles, const Device&);
+
+}  // namespace moe

@@ -1,0 +1,100 @@
+"""The emulator itself: its instructions against scalar loops, and kernels with planted faults, which it catches."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+SEEDS = (0, 1, 2)
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to compile small programs with")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compiles a program for the emulator and gives its path."""
+    folder = tmp_path_factory.mktemp("simt")
+
+    def build(name, *options):
+        program = folder / "".join([name, *options])
+        if not program.exists():
+            command = [COMPILER, "-std=c++20", "-O1", "-rdynamic", *options, f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+            subprocess.run([*command, HERE / "programs" / f"{name}.cpp", "-o", program], check=True)
+        return program
+
+    return build
+
+
+def run(program, *arguments, seed=0):
+    """(exit status, output) of a program."""
+    environment = {**os.environ, "MOE_OPS_SIMT_SEED": str(seed), "LD_PRELOAD": ""}
+    done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_instructions(seed, compiled):
+    status, text = run(compiled("instructions"), seed=seed)
+    assert status == 0, text
+    assert len(re.findall(": right", text)) == 9
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tiles(seed, compiled):
+    status, text = run(compiled("tiles"), seed=seed)
+    assert status == 0 and len(re.findall(": right", text)) == 3, text
+
+
+# What the emulator says of each fault; "wrong" is what a comparison of results says.
+FAULTS = {
+    "missing_barrier": "wrong: out",
+    "missing_warp_barrier": "wrong: out",
+    "missing_second_barrier": "wrong: out",
+    "missing_wait": "wrong: out",
+    "missing_commit": "wrong: out",
+    "unwritten_output": "wrong: out",
+    "wrong_swizzle": "wrong: d",
+    "store_out_of_bounds": r"a store out of bounds: byte 512 of scratch of 512 bytes was written",
+    "shared_out_of_bounds": r"a store out of bounds: byte 512 of shared memory of 512 bytes was written",
+    "vector_out_of_bounds": r"a load of 16 bytes out of bounds: at byte 512 of scratch .*thread \(32, 0, 0\)",
+    "unaligned_vector": r"a load of 16 bytes at 0x\w+ is not aligned to 16 .*thread \(0, 0, 0\)",
+    "too_little_shared_memory": r"shared memory of 1024 bytes is read, 512 were launched",
+    "divergent_barrier": r"divergent barrier: sync_block, while thread \(\d+, 0, 0\) waits in sync_block at .*faults",
+    "divergent_shuffle": r"divergent barrier: shuffle_\w+ with lanes 0xffffffff, while .* waits in shuffle_",
+    "deadlock": r"deadlock in block \(0, 0, 0\): thread \(0, 0, 0\) waits in sync_block .*64 of 128 threads have ret",
+    "warp_deadlock": r"deadlock in block \(0, 0, 0\): .* waits in sync_warp at .* for lanes 0x80000000",
+    "endless_wait": r"deadlock: every block .* spins, block \(0, 0, 0\): .* waits in wait_until at .*faults.cpp",
+    "absent_lane": r"a shuffle reads lane 16, which takes no part at .*faults.cpp:\d+, block \(0, 0, 0\), thread",
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(fault, seed, compiled):
+    program = compiled("faults")
+    assert run(program, fault, "mended", seed=seed) == (0, "right\n")
+    status, text = run(program, fault, seed=seed)
+    assert status == 1 and re.search(FAULTS[fault], text), text
+    if not FAULTS[fault].startswith("wrong"):
+        assert f"::{fault}<false>" in text and f"(seed {seed}, launch 0)" in text
+
+
+def test_order_of_a_float_sum_shows(compiled):
+    program = compiled("faults")
+    unordered = {run(program, "unordered_sum", seed=seed)[1] for seed in SEEDS}
+    assert len(unordered) == len(SEEDS)
+    assert len({run(program, "unordered_sum", "mended", seed=seed)[1] for seed in SEEDS}) == 1
+
+
+@pytest.mark.parametrize("fault", ["store_out_of_bounds", "shared_out_of_bounds"])
+def test_address_sanitizer_sees_plain_stores(fault, compiled):
+    program = compiled("faults", "-fsanitize=address,undefined")
+    assert run(program, fault, "mended") == (0, "right\n")
+    status, text = run(program, fault)
+    assert status == 1 and "AddressSanitizer: use-after-poison" in text and fault in text
