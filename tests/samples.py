@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from cases import DEVICE
 from moe_ops import prepack, reference
-from moe_ops.types import PackedWeight, Plan
+from moe_ops.types import Plan
 
 T, E, K, H, INNER = 5, 4, 2, 6, 3
 
@@ -73,11 +74,6 @@ def permute(make: Maker) -> list[Args]:
     return [(make(T, H), p.row_slot, p.slot_row)]
 
 
-def packed(w: torch.Tensor) -> PackedWeight:
-    made = prepack(w.cpu())
-    return PackedWeight(*(tensor.to(w.device) for tensor in made))
-
-
 def grouped_gemm(make: Maker) -> list[Args]:
     p = make.plan()
     calls: list[Args] = [
@@ -86,8 +82,8 @@ def grouped_gemm(make: Maker) -> list[Args]:
     ]
     if make.dtype in (torch.bfloat16, torch.float16):
         calls.append((make(T * K, H), make(E, INNER, H, dtype=torch.float32), p.offsets, None, None, None, None))
-    if not make.grad:
-        w = packed(make(E, INNER, H))
+    if not make.grad and DEVICE == "cpu":
+        w = prepack(make(E, INNER, H))
         calls.append((make(T * K, H), w.stand_in, p.offsets, make(E, INNER), None, None, w.panels))
     return calls
 
@@ -145,7 +141,8 @@ def moe_mlp(make: Maker) -> list[Args]:
     ]
     if not make.grad:
         calls.append((x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, False, False, None, None))
-        w_in, packed_out = packed(make(E, 2 * INNER, H)), packed(w_out)
+    if not make.grad and DEVICE == "cpu":
+        w_in, packed_out = prepack(make(E, 2 * INNER, H)), prepack(w_out)
         weights_in_out = (w_in.stand_in, packed_out.stand_in)
         panels = (w_in.panels, packed_out.panels)
         calls.append((x, weights, *weights_in_out, None, b_out, *maps, *GPT_OSS, False, False, *panels))

@@ -19,14 +19,14 @@ inline constexpr int64_t kSharedSlots = 1024;
 // A token's slots. Thread r of its team fills in every size-th from r on; then all read them.
 struct Slots {
   int32_t* ids;  // -1 where the expert is out of range: skipped in every sum
-  float* scores;
+  double* scores;
   float* grads;  // of the scores, and in the end of p for softmax, of z for others
 };
 
 struct RouteBackwardLaunch {
   RouteBackwardParams p;
   const int32_t* tokens_of_segment = nullptr;  // [S]; null: all tokens are of segment 0
-  float* scale_terms = nullptr;  // [T, K] what each slot adds to the gradient of its expert's scale; or null
+  double* scale_terms = nullptr;  // [T, K] what each slot adds to the gradient of its expert's scale; or null
   bool reads_quads = false, writes_quads = false;
   int lanes = 32;  // per token
   Slots slots{};   // [blocks, K] each where shared memory is too small; or null
@@ -35,14 +35,14 @@ struct RouteBackwardLaunch {
 template <int kQuads>
 struct RouteBackwardShared {
   int32_t ids[kBackwardThreads * 4 * kQuads];
-  float scores[kBackwardThreads * 4 * kQuads];
+  double scores[kBackwardThreads * 4 * kQuads];
   float grads[kBackwardThreads * 4 * kQuads];
 };
 
 struct LongRouteBackwardShared {
   BlockTeamShared team;
   int32_t ids[kSharedSlots];
-  float scores[kSharedSlots];
+  double scores[kSharedSlots];
   float grads[kSharedSlots];
 };
 
@@ -88,7 +88,7 @@ struct RouterBackward {
       each_slot([&](int, int32_t id) { softmax.sum += softmax.exponential(z_of(id)); });
       softmax.sum = float(team.sum(softmax.sum));
     }
-    each_slot([&](int k, int32_t id) { slots.scores[k] = chosen_score(score, z_of(id), softmax); });
+    each_slot([&](int k, int32_t id) { slots.scores[k] = chosen_score(score, double(z_of(id)), softmax); });
   }
 
   // Of the score of slot k, before it was divided.
@@ -112,8 +112,7 @@ struct RouterBackward {
       const double normalised = by == 1 ? slots.scores[k] : slots.scores[k] / by;
       const double grad = grad_of_normalised(k, id);
       if (at.scale_terms)
-        at.scale_terms[slot] =
-            float(double(static_cast<const float*>(at.p.grad_weights)[slot]) * options.scale * normalised);
+        at.scale_terms[slot] = double(static_cast<const float*>(at.p.grad_weights)[slot]) * options.scale * normalised;
       slots.grads[k] = float(grad);
       dot += grad * normalised;
     });
@@ -132,12 +131,12 @@ struct RouterBackward {
     float dot = 0;
     if (score == Score::softmax || score == Score::softmax_selected) {
       double own = 0;
-      each_slot([&](int k, int32_t) { own += double(slots.grads[k]) * double(slots.scores[k]); });
+      each_slot([&](int k, int32_t) { own += double(slots.grads[k]) * slots.scores[k]; });
       dot = float(team.sum(own));
     }
     if (score == Score::softmax) return dot;
     each_slot([&](int k, int32_t id) {
-      if (score == Score::softmax_selected) slots.grads[k] = slots.scores[k] * (slots.grads[k] - dot);
+      if (score == Score::softmax_selected) slots.grads[k] = float(slots.scores[k]) * (slots.grads[k] - dot);
       else slots.grads[k] *= score_slope(score, z_of(id));
     });
     return 0;

@@ -11,7 +11,7 @@ inline constexpr int kScaleGradThreads = 256;
 
 struct ScaleGradLaunch {
   const int32_t* chosen;  // [R]
-  const float* terms;     // [R]; read where the expert is in range
+  const double* terms;    // [R]; read where the expert is in range
   int64_t rows, experts, chunks, chunk_rows;
   double* partial;  // [chunks, E]
   float* out;       // [E]
@@ -19,7 +19,7 @@ struct ScaleGradLaunch {
 
 struct ScaleGradShared {
   int32_t ids[kScaleGradThreads];
-  float terms[kScaleGradThreads];
+  double terms[kScaleGradThreads];
 };
 
 // Block b: the chunk b / experts in blocks.
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kScaleGradThreads) scale_grad_of_chunks(const 
     shared.terms[threadIdx.x] = id >= 0 && id < p.experts ? p.terms[own] : 0;
     arch::sync_block();  // the slots are here
     for (int i = 0; i < kScaleGradThreads; ++i)
-      if (shared.ids[i] == expert) sum += double(shared.terms[i]);
+      if (shared.ids[i] == expert) sum += shared.terms[i];
     arch::sync_block();  // and read
   }
   if (expert < p.experts) p.partial[chunk * p.experts + expert] = sum;

@@ -1,5 +1,5 @@
 // From logits to scores and from the scores of the chosen to weights: what route and its backward share. float32, with
-// the accurate functions of the CUDA library.
+// the accurate functions of the CUDA library; in the backward float64 for the chosen.
 #pragma once
 
 #include "cuda/kernels/row.cuh"
@@ -9,8 +9,14 @@ namespace moe {
 struct Softmax {
   float max, sum;
 
-  __device__ float exponential(float z) const { return expf(z - max); }
-  __device__ float operator()(float z) const { return exponential(z) / sum; }
+  template <class F>
+  __device__ F exponential(F z) const {
+    return exp(z - F(max));
+  }
+  template <class F>
+  __device__ F operator()(F z) const {
+    return exponential(z) / F(sum);
+  }
 };
 
 template <class Team, class Row>
@@ -34,16 +40,18 @@ __device__ float log_sum_exp(const Team& team, const Row& row, const Softmax& so
 // Below it softplus(z) and e^z agree to the last bit, and e^(z / 2) is the root of numbers too small to hold.
 inline constexpr float kSoftplusTail = -20;
 
-__device__ inline float sigmoid(float z) {
-  const float e = expf(-fabsf(z));  // keeps the lower tail's denormal results
-  return (z < 0 ? e : 1) / (1 + e);
+template <class F>
+__device__ F sigmoid(F z) {
+  const F e = exp(-fabs(z));  // keeps the lower tail's denormal results
+  return (z < 0 ? e : F(1)) / (1 + e);
 }
 
 // The scores that are functions of their own logit alone; softmax and its kin leave z as it is.
-__device__ inline float score_of(Score score, float z) {
+template <class F>
+__device__ F score_of(Score score, F z) {
   if (score == Score::sigmoid) return sigmoid(z);
   if (score != Score::sqrtsoftplus) return z;
-  return z < kSoftplusTail ? expf(0.5f * z) : sqrtf(fmaxf(z, 0) + log1pf(expf(-fabsf(z))));
+  return z < F(kSoftplusTail) ? exp(F(0.5) * z) : sqrt((z > 0 ? z : F(0)) + log1p(exp(-fabs(z))));
 }
 
 // d score / dz.
@@ -63,7 +71,8 @@ __host__ __device__ inline bool is_elementwise(Score score) {
 }
 
 // softmax is that of all experts, or of the chosen for softmax_selected.
-__device__ inline float chosen_score(Score score, float z, const Softmax& softmax) {
+template <class F>
+__device__ F chosen_score(Score score, F z, const Softmax& softmax) {
   return score == Score::softmax || score == Score::softmax_selected ? softmax(z) : score_of(score, z);
 }
 

@@ -135,8 +135,9 @@ void launch_backward_long(RouteBackwardLaunch at, const Device& device) {
   const int64_t blocks = std::min<int64_t>(at.p.tokens, 4 * device.processors());
   if (at.p.top_k > kSharedSlots && blocks > 0) {
     const int64_t slots = blocks * at.p.top_k;
-    auto* memory = static_cast<float*>(device.scratch(3 * slots * 4));
-    at.slots = {.ids = reinterpret_cast<int32_t*>(memory), .scores = memory + slots, .grads = memory + 2 * slots};
+    auto* scores = static_cast<double*>(device.scratch(slots * 16));
+    auto* grads = reinterpret_cast<float*>(scores + slots);
+    at.slots = {.ids = reinterpret_cast<int32_t*>(grads + slots), .scores = scores, .grads = grads};
   }
   launch({.grid = unsigned(blocks),
           .block = kLongBackwardThreads,
@@ -146,7 +147,7 @@ void launch_backward_long(RouteBackwardLaunch at, const Device& device) {
 }
 
 // How many chunks there are depends on shapes alone, and so does the result.
-void sum_scale_terms(const RouteBackwardParams& p, const float* terms, const Device& device) {
+void sum_scale_terms(const RouteBackwardParams& p, const double* terms, const Device& device) {
   const int64_t rows = p.tokens * p.top_k, chunks = std::clamp<int64_t>(rows / 4096, 1, 256);
   const int64_t expert_blocks = ceil_div(p.experts, kScaleGradThreads);
   const ScaleGradLaunch at{
@@ -201,7 +202,7 @@ void route_backward(const RouteBackwardParams& p, const Device& device) {
     at.tokens_of_segment = tokens;
   }
   const bool of_scale = p.expert_scale && p.grad_weights;
-  if (of_scale) at.scale_terms = static_cast<float*>(device.scratch(std::max<int64_t>(p.tokens * p.top_k, 1) * 4));
+  if (of_scale) at.scale_terms = static_cast<double*>(device.scratch(std::max<int64_t>(p.tokens * p.top_k, 1) * 8));
 
   const Lanes lanes = lanes_for(p.experts);
   const int64_t slots = std::visit([&](auto quads) { return int64_t(4 * quads * lanes.lanes); }, lanes.quads);
