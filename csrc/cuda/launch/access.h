@@ -6,9 +6,15 @@
 #include <type_traits>
 
 #include "cuda/arch/memory.cuh"
-#include "cuda/launch/variant.h"
+#include "stages/params.h"
 
 namespace moe {
+
+// Whether memory may be read 16 bytes at a time.
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// Whether every row begins where it may.
+inline bool has_aligned_rows(const Matrix& m) { return is_aligned(m.data) && m.stride * size_of(m.dtype) % 16 == 0; }
 
 inline int64_t address(const void* data) { return int64_t(reinterpret_cast<uintptr_t>(data)); }
 

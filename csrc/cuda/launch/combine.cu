@@ -3,6 +3,7 @@
 
 #include "cuda/arch/launch.cuh"
 #include "cuda/launch/access.h"
+#include "cuda/launch/variant.h"
 #include "device.h"
 
 namespace moe {

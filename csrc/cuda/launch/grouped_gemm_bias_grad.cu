@@ -1,6 +1,6 @@
 // Starts the bias gradient: a block per expert and line of columns.
 #include "cuda/kernels/grouped_gemm_bias_grad.cuh"
-#include "cuda/launch/alignment.h"
+#include "cuda/launch/access.h"
 #include "cuda/launch/variant.h"
 #include "device.h"
 

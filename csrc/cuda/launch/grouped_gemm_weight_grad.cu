@@ -1,6 +1,6 @@
 // Starts the weight gradient: a block per expert and tile.
 #include "cuda/kernels/grouped_gemm_weight_grad.cuh"
-#include "cuda/launch/alignment.h"
+#include "cuda/launch/access.h"
 #include "cuda/launch/variant.h"
 #include "device.h"
 

@@ -2,6 +2,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/permute.cuh"
 #include "cuda/launch/access.h"
+#include "cuda/launch/variant.h"
 #include "device.h"
 
 namespace moe {
