@@ -10,7 +10,6 @@ namespace moe::arch {
 // N values that are moved as one access.
 template <class T, int n>
 struct alignas(sizeof(T) * n) Pack {
-  static constexpr int kSize = n;
   T values[n];
 
   __device__ __forceinline__ T& operator[](int i) { return values[i]; }

@@ -6,12 +6,11 @@
 // side by side and share its gradient through L1, and a dot product ends in one warp, in the same order at every run.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/arch/memory.cuh"
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/dropped.cuh"
+#include "cuda/kernels/math.cuh"
+#include "cuda/kernels/warp.cuh"
 #include "stages/params.h"
 
 namespace moe {
@@ -24,30 +23,12 @@ template <int n>
 inline constexpr int kCombineAccesses = n > 1 ? 2 : 4;
 inline constexpr int kBackwardAccesses = 4;
 
-__device__ __forceinline__ float read_weight(const Vector& weights, int64_t slot) {
-  switch (weights.dtype) {
-    case Dtype::float32: return static_cast<const float*>(weights.data)[slot];
-    case Dtype::bfloat16: return float(static_cast<const __nv_bfloat16*>(weights.data)[slot]);
-    case Dtype::float16: return float(static_cast<const __half*>(weights.data)[slot]);
-    default: return float(static_cast<const double*>(weights.data)[slot]);
-  }
-}
-
-__device__ __forceinline__ void write_weight(void* weights, Dtype dtype, int64_t slot, float value) {
-  switch (dtype) {
-    case Dtype::float32: static_cast<float*>(weights)[slot] = value; break;
-    case Dtype::bfloat16: static_cast<__nv_bfloat16*>(weights)[slot] = __nv_bfloat16(value); break;
-    case Dtype::float16: static_cast<__half*>(weights)[slot] = __half(value); break;
-    default: static_cast<double*>(weights)[slot] = double(value);
-  }
-}
-
 // A warp takes a piece of one token's y.
 template <class T, int n>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ CombineParams p) {
   using Values = arch::Pack<T, n>;
   constexpr int accesses = kCombineAccesses<n>, piece = 32 * n * accesses;
-  const int64_t pieces = (p.hidden + piece - 1) / piece;
+  const int64_t pieces = ceil_div(p.hidden, piece);
   const int64_t warp = (int64_t(blockIdx.x) * kCombineThreads + threadIdx.x) / 32;
   const int64_t token = warp / pieces, begin = warp % pieces * piece;
   if (token >= p.tokens) return;
@@ -60,7 +41,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
     int32_t row = -1;
     if (k + arch::lane_id() < p.width) row = p.slot_row[slot];
     const bool found = row >= 0 && row < p.num_rows;
-    const float weight = found && p.weights.data ? read_weight(p.weights, slot) : 1.0f;
+    const float weight = found && p.weights.data ? read(p.weights, slot) : 1.0f;
 
     for (uint32_t left = arch::ballot(found); left;) {
       const int count = min(arch::count_bits(left), kCombineRows);
@@ -83,7 +64,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
 #pragma unroll
         for (int i = 0; i < accesses; ++i)
 #pragma unroll
-          for (int v = 0; v < n; ++v) sum[i][v] += scale[r] * float(values[r][i][v]);
+          for (int v = 0; v < n; ++v) sum[i][v] += scale[r] * to_float(values[r][i][v]);
       }
     }
   }
@@ -93,7 +74,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   for (int i = 0; i < accesses; ++i) {
     Values out;
 #pragma unroll
-    for (int v = 0; v < n; ++v) out[v] = T(sum[i][v]);
+    for (int v = 0; v < n; ++v) out[v] = from_float<T>(sum[i][v]);
     if (column(i) < p.hidden) arch::store_global(y + column(i), out);
   }
 }
@@ -101,7 +82,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
 template <class T, int n>
 int64_t combine_blocks(const CombineParams& p) {
   constexpr int piece = 32 * n * kCombineAccesses<n>;
-  return (p.tokens * ((p.hidden + piece - 1) / piece) * 32 + kCombineThreads - 1) / kCombineThreads;
+  return ceil_div(p.tokens * ceil_div(p.hidden, piece) * 32, kCombineThreads);
 }
 
 template <class T, int n>
@@ -132,7 +113,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 
   float sum[accesses] = {};
   if (found) {
-    const float weight = rows && p.weights.data ? read_weight(p.weights, slot) : 1.0f;
+    const float weight = rows && p.weights.data ? read(p.weights, slot) : 1.0f;
     const T* grad_y = static_cast<const T*>(p.grad_y.data) + slot / p.width * p.grad_y.stride;
     const T* from = dot ? static_cast<const T*>(p.rows.data) + row * p.rows.stride : nullptr;
     T* to = rows ? static_cast<T*>(p.grad_rows.data) + row * p.grad_rows.stride : nullptr;
@@ -152,8 +133,8 @@ __global__ void __launch_bounds__(kCombineThreads)
         Values scaled;
 #pragma unroll
         for (int v = 0; v < n; ++v) {
-          scaled[v] = T(weight * float(grad[i][v]));
-          if constexpr (dot) sum[i] += float(grad[i][v]) * float(other[i][v]);
+          scaled[v] = from_float<T>(weight * to_float(grad[i][v]));
+          if constexpr (dot) sum[i] += to_float(grad[i][v]) * to_float(other[i][v]);
         }
         if constexpr (rows) arch::store_global(to + column, scaled);
       }
@@ -161,15 +142,14 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
 
   if constexpr (dot) {
-    float product = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    for (int distance = 16; distance > 0; distance /= 2) product += arch::shuffle_xor(product, distance);
-    if (arch::lane_id() == 0) write_weight(p.grad_weights, p.weights.dtype, slot, product);
+    const float product = sum_of_warp((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if (arch::lane_id() == 0) write(p.grad_weights, p.weights.dtype, slot, product);
   }
 }
 
 inline int64_t combine_backward_blocks(const CombineBackwardParams& p) {
-  const int64_t warps = p.tokens * p.width + (p.grad_rows ? (p.num_rows + 31) / 32 : 0);
-  return (warps * 32 + kCombineThreads - 1) / kCombineThreads;
+  const int64_t warps = p.tokens * p.width + (p.grad_rows ? ceil_div(p.num_rows, 32) : 0);
+  return ceil_div(warps * 32, kCombineThreads);
 }
 
 }  // namespace moe

@@ -6,6 +6,7 @@
 
 #include "cuda/arch/memory.cuh"
 #include "cuda/kernels/gemm_operands.cuh"
+#include "cuda/kernels/warp.cuh"
 #include "stages/activation.h"
 
 namespace moe {
@@ -162,7 +163,7 @@ MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& t
       h[pair] = next[pair];
     }
     if (parts) {
-      for (int distance = 16; distance > 0; distance /= 2) share += arch::shuffle_xor(share, distance);
+      share = sum_of_warp(share);
       if (lanes.col == 0) parts[row * col_tiles + tile.col_begin / cols] = share;
     }
   }

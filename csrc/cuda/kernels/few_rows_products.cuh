@@ -191,7 +191,6 @@ template <bool along_k>
 class FloatFewRows {
  public:
   static constexpr int kCols = 32, kDepth = 16;
-  using Quad = arch::Pack<float, 4>;
   struct Step {
     Quad weights[4];
     int64_t k;

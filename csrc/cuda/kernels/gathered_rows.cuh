@@ -1,7 +1,6 @@
 // Where the rows of an operand lie, and which of them an expert has.
 #pragma once
 
-#include "cuda/arch/memory.cuh"
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/math.cuh"
 #include "stages/params.h"
@@ -36,7 +35,7 @@ __device__ __forceinline__ arch::Pack<T, n> load_values(const T* from, int64_t l
   if (aligned && left >= n) return arch::load<arch::Pack<T, n>>(from);
   arch::Pack<T, n> out;
 #pragma unroll
-  for (int i = 0; i < n; ++i) out[i] = i < left ? from[i] : T(0.f);
+  for (int i = 0; i < n; ++i) out[i] = i < left ? from[i] : from_float<T>(0);
   return out;
 }
 

@@ -24,9 +24,25 @@ struct WeightColumns {
   }
 };
 
+// Whether a gate and an up, two columns of the product, make one of the result.
+__host__ __device__ inline bool joins_columns(const GroupedGemmParams& p) {
+  return p.epilogue == Epilogue::activate && p.activation.gated;
+}
+
+// How a result is cut into tiles, each from [rows, cols] of the product.
+inline TileGrid tile_grid(const GroupedGemmParams& p, int rows, int cols) {
+  const int joined = joins_columns(p) ? 2 : 1;
+  return {.offsets = p.offsets,
+          .num_experts = int(p.num_experts),
+          .num_rows = p.num_rows,
+          .num_cols = p.n / joined,
+          .rows = rows,
+          .cols = cols / joined};
+}
+
 // The weights of result columns tile.col_begin.. .
 MOE_INLINE WeightColumns weight_columns(const GroupedGemmParams& p, const Tile& tile, int tile_cols) {
-  const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
+  const bool gated = joins_columns(p);
   if (gated && !p.activation.interleaved) return {tile.col_begin, p.n / 2 + tile.col_begin, tile.cols, tile.cols};
   const int64_t begin = gated ? 2 * tile.col_begin : tile.col_begin;
   const int count = gated ? 2 * tile.cols : tile.cols, half = tile_cols / 2;
@@ -53,7 +69,7 @@ __host__ __device__ inline bool weights_are_aligned(const GroupedGemmParams& p) 
   const ExpertWeights& w = p.weight;
   const int64_t size = w.dtype == Dtype::float32 ? 4 : 2;
   if (w.k_stride == 1) return multiples_of_16(w.data, size, w.expert_stride, w.n_stride);
-  const bool two_runs = p.epilogue == Epilogue::activate && p.activation.gated && !p.activation.interleaved;
+  const bool two_runs = joins_columns(p) && !p.activation.interleaved;
   return multiples_of_16(w.data, size, w.expert_stride, w.k_stride) &&
          (!two_runs || multiples_of_16(nullptr, size, p.n / 2));
 }

@@ -32,7 +32,7 @@ struct GemmShared {
 template <class Shared, class A, class B, class Products>
 MOE_INLINE void multiply_tile(Shared& shared, const A& a, const B& b, int64_t depth, Products& products) {
   constexpr GemmConfig config = Shared::config;
-  const int steps = int((depth + config.depth - 1) / config.depth);
+  const int steps = int(ceil_div(depth, config.depth));
   const auto load = [&](int step) {
     if (step < steps) {
       const int64_t k = int64_t(step) * config.depth;

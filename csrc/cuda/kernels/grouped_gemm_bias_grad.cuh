@@ -49,18 +49,10 @@ __device__ void sum_rows(const BiasGradLaunch& at, int64_t first, int64_t end, i
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j)
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) part[v] += float(rows[j][v]) * scale[j];
+        for (int v = 0; v < kVector; ++v) part[v] += to_float(rows[j][v]) * scale[j];
     }
 #pragma unroll
     for (int v = 0; v < kVector; ++v) sum[v] += double(part[v]);
-  }
-}
-
-__device__ __forceinline__ void store_value(void* to, Dtype dtype, int64_t i, float value) {
-  switch (dtype) {
-    case Dtype::bfloat16: static_cast<__nv_bfloat16*>(to)[i] = __nv_bfloat16(value); break;
-    case Dtype::float16: static_cast<__half*>(to)[i] = __half(value); break;
-    default: static_cast<float*>(to)[i] = value;
   }
 }
 
@@ -84,7 +76,7 @@ __global__ void __launch_bounds__(kBiasGradThreads, 2)
   if (group >= kVector || col >= at.p.n) return;
   double total = 0;
   for (int g = 0; g < kBiasGradGroups; ++g) total += shared.sums[g][threadIdx.x];
-  store_value(at.p.out, at.p.out_dtype, expert * at.p.n + col, float(total));
+  write(at.p.out, at.p.out_dtype, expert * at.p.n + col, float(total));
 }
 
 }  // namespace moe

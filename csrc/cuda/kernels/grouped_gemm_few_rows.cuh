@@ -26,9 +26,9 @@ struct FewRowsShared {
 struct FewRowsLaunch {
   GroupedGemmParams p;
   TileGrid grid;
-  float* partial_score;  // [R, tiles of columns], see the epilogue
-  int splits;            // blocks that share the reduction of a tile
-  float* partial;        // [tiles, splits, rows of a tile, columns of a tile] where there are several
+  float* score_parts;  // [R, tiles of columns], see the epilogue
+  int splits;          // blocks that share the reduction of a tile
+  float* parts;        // [tiles, splits, rows of a tile, columns of a tile] where there are several
 };
 
 // f(row, col) for the products of a tile, shared out to the threads of a block.
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
   find_rows(p, tile, shared.rows);
   arch::sync_block();  // the rows are found
   Arithmetic products(p, tile, shared.rows);
-  const int64_t steps = tile.cols ? (p.k + Arithmetic::kDepth - 1) / Arithmetic::kDepth : 0;
+  const int64_t steps = tile.cols ? ceil_div(p.k, Arithmetic::kDepth) : 0;
   add_steps(products, steps * split / at.splits, steps * (split + 1) / at.splits);
   auto& part = shared.parts[threadIdx.x / 32];
   products.put([&](int row, int col, float value) { *part.at(row, col) = value; });
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
     return sum;
   };
   if (at.splits > 1) {
-    float* const to = at.partial + (int64_t(index) * at.splits + split) * kFewRows<T> * kCols;
+    float* const to = at.parts + (int64_t(index) * at.splits + split) * kFewRows<T> * kCols;
     for_each_product<kCols>(tile, [&](int row, int col) { to[row * kCols + col] = sum(row, col); });
     return;
   }
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
     *shared.parts[0].at(row, col) = sum(row, col) + few_rows_bias<kCols>(p, tile, col);
   });
   arch::sync_block();  // the products are complete
-  finish_tile<T>(p, tile, shared.parts[0], at.partial_score, at.grid.col_tiles());
+  finish_tile<T>(p, tile, shared.parts[0], at.score_parts, at.grid.col_tiles());
 }
 
 // The blocks' parts of a tile, and the epilogue.
@@ -103,14 +103,14 @@ __global__ void __launch_bounds__(kFewRowsThreads, 4)
   const Tile tile = walk.tile();
   if (tile.expert == at.p.num_experts) return;
 
-  const float* const parts = at.partial + int64_t(blockIdx.x) * at.splits * kFewRows<T> * cols;
+  const float* const parts = at.parts + int64_t(blockIdx.x) * at.splits * kFewRows<T> * cols;
   for_each_product<cols>(tile, [&](int row, int col) {
     float sum = 0;
     for (int split = 0; split < at.splits; ++split) sum += parts[(split * kFewRows<T> + row) * cols + col];
     *products.at(row, col) = sum + few_rows_bias<cols>(at.p, tile, col);
   });
   arch::sync_block();  // the products are complete
-  finish_tile<T>(at.p, tile, products, at.partial_score, at.grid.col_tiles());
+  finish_tile<T>(at.p, tile, products, at.score_parts, at.grid.col_tiles());
 }
 
 }  // namespace moe

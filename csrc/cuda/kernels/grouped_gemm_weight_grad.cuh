@@ -38,17 +38,16 @@ __device__ __forceinline__ GradTile grad_tile(const WeightGradLaunch& at, int64_
 
 // out[element ..] = or += values, of which the first `left` are wanted.
 template <class S>
-__device__ __forceinline__ void store_gradient(const WeightGradLaunch& at, int64_t element, int64_t left,
-                                               Quad4 values) {
+__device__ __forceinline__ void store_gradient(const WeightGradLaunch& at, int64_t element, int64_t left, Quad values) {
   S* const to = static_cast<S*>(at.p.out) + element;
   if (at.p.accumulate) {
     const auto old = load_values<S, 4>(to, left, at.aligned_out);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] += float(old[i]);
+    for (int i = 0; i < 4; ++i) values[i] += to_float(old[i]);
   }
   arch::Pack<S, 4> out;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = S(values[i]);
+  for (int i = 0; i < 4; ++i) out[i] = from_float<S>(values[i]);
   if (at.aligned_out && left >= 4) return arch::store(to, out);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kGradThreads<T>, sizeof(T) == 2 ? 2 : 1)
   const WeightGradParams& p = at.p;
   const GradTile tile = grad_tile(at, blockIdx.x);
   const RowRange rows = rows_of_expert(p.offsets, tile.expert, p.num_rows);
-  const int64_t steps = (rows.end - rows.begin + kGradDepth<T> - 1) / kGradDepth<T>;
+  const int64_t steps = ceil_div(rows.end - rows.begin, kGradDepth<T>);
   if (steps == 0 && p.accumulate) return;
 
   RowLoader<T> grad(p.grad, rows, tile.n, p.n, at.aligned_grad), a(p.a, rows, tile.k, p.k, at.aligned_a);
@@ -85,14 +84,10 @@ __global__ void __launch_bounds__(kGradThreads<T>, sizeof(T) == 2 ? 2 : 1)
   }
 
   arch::sync_block();  // no warp reads a step any more
-  products.write(shared.staging, [&](int row, int col, const Quad4& values) {
+  products.write(shared.staging, [&](int row, int col, const Quad& values) {
     const int64_t n = tile.n + row, k = tile.k + col, element = (tile.expert * p.n + n) * p.k + k;
     if (n >= p.n || k >= p.k) return;
-    switch (p.out_dtype) {
-      case Dtype::bfloat16: return store_gradient<__nv_bfloat16>(at, element, p.k - k, values);
-      case Dtype::float16: return store_gradient<__half>(at, element, p.k - k, values);
-      default: return store_gradient<float>(at, element, p.k - k, values);
-    }
+    with_type(p.out_dtype, [&](auto zero) { store_gradient<decltype(zero)>(at, element, p.k - k, values); });
   });
 }
 

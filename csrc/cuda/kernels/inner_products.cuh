@@ -115,7 +115,6 @@ class ThreadProducts {
   }
 
  private:
-  using Quad = arch::Pack<float, 4>;
   static constexpr int kStepsOfPart = 256 / config.depth;
 
   static MOE_INLINE int first_row() { return int(threadIdx.x) / 32 / config.warp_cols * 32 + arch::lane_id() / 8; }

@@ -9,9 +9,6 @@
 
 namespace moe {
 
-// Four neighbours of a row of the tile go to put(row, col, values).
-using Quad4 = arch::Pack<float, 4>;
-
 // Four warps, each a quarter of the tile: 64 x 64.
 template <class T>
 class TensorCoreProducts {
@@ -41,7 +38,8 @@ class TensorCoreProducts {
     }
   }
 
-  // No warp may still read the steps whose place the staging takes.
+  // Four neighbours of a row of the tile go to put(row, col, values). No warp may still read the steps whose place the
+  // staging takes.
   template <class Put>
   __device__ __forceinline__ void write(Staging& staging, const Put& put) {
     const int lane = arch::lane_id(), warp = int(threadIdx.x) / 32;
@@ -59,7 +57,7 @@ class TensorCoreProducts {
 #pragma unroll 4
       for (int row = lane / 16; row < 32; row += 2) {
         const int col = lane % 16 * 4;
-        put(64 * warp_n() + 32 * half + row, 64 * warp_k() + col, arch::load<Quad4>(&rows[row][col]));
+        put(64 * warp_n() + 32 * half + row, 64 * warp_k() + col, arch::load<Quad>(&rows[row][col]));
       }
       arch::sync_warp();  // and read
     }
@@ -81,11 +79,11 @@ class FloatProducts {
   __device__ __forceinline__ void add(RowTile<float>& grad, RowTile<float>& a) {
 #pragma unroll
     for (int r = 0; r < kGradDepth<float>; ++r) {
-      Quad4 left[2], right[2];
+      Quad left[2], right[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        left[half] = arch::load<Quad4>(&grad.values[r][64 * half + thread_n()]);
-        right[half] = arch::load<Quad4>(&a.values[r][64 * half + thread_k()]);
+        left[half] = arch::load<Quad>(&grad.values[r][64 * half + thread_n()]);
+        right[half] = arch::load<Quad>(&a.values[r][64 * half + thread_k()]);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i)
@@ -103,7 +101,7 @@ class FloatProducts {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* sums = sums_[i] + 4 * half;
-        put(64 * (i / 4) + thread_n() + i % 4, 64 * half + thread_k(), Quad4{{sums[0], sums[1], sums[2], sums[3]}});
+        put(64 * (i / 4) + thread_n() + i % 4, 64 * half + thread_k(), Quad{{sums[0], sums[1], sums[2], sums[3]}});
       }
   }
 

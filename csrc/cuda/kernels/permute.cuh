@@ -9,6 +9,7 @@
 #include "cuda/arch/memory.cuh"
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/dropped.cuh"
+#include "cuda/kernels/math.cuh"
 #include "stages/params.h"
 
 namespace moe {
@@ -68,7 +69,7 @@ __device__ __forceinline__ void clear_dropped(const PermuteParams& p, int64_t fi
 // A warp takes a piece of one token's row, or the same piece of 32 rows to clear.
 template <class Access>
 __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_constant__ PermuteParams p) {
-  const int64_t pieces = (p.row_bytes + PermutePiece<Access>::kBytes - 1) / PermutePiece<Access>::kBytes;
+  const int64_t pieces = ceil_div(p.row_bytes, PermutePiece<Access>::kBytes);
   const int64_t warp = (int64_t(blockIdx.x) * kPermuteThreads + threadIdx.x) / 32;
   const PermutePiece<Access> piece{warp % pieces * PermutePiece<Access>::kBytes, p.row_bytes};
   const int64_t item = warp / pieces;
@@ -78,9 +79,9 @@ __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_c
 
 template <class Access>
 int64_t permute_blocks(const PermuteParams& p) {
-  const int64_t pieces = (p.row_bytes + PermutePiece<Access>::kBytes - 1) / PermutePiece<Access>::kBytes;
-  const int64_t warps = (p.tokens + (p.rows + 31) / 32) * pieces;
-  return (warps * 32 + kPermuteThreads - 1) / kPermuteThreads;
+  const int64_t pieces = ceil_div(p.row_bytes, PermutePiece<Access>::kBytes);
+  const int64_t warps = (p.tokens + ceil_div(p.rows, 32)) * pieces;
+  return ceil_div(warps * 32, kPermuteThreads);
 }
 
 }  // namespace moe

@@ -1,7 +1,7 @@
 // What the kernels of plan share: the sizes of a block's work, its memory, and counting by warp.
 #pragma once
 
-#include "cuda/arch/warp.cuh"
+#include "cuda/kernels/warp.cuh"
 
 namespace moe {
 
@@ -19,7 +19,6 @@ struct PlanShared {
   int32_t digit[kPlanWarps], left[kPlanWarps];  // what the first warp of a team has found
 };
 
-__device__ __forceinline__ int warp_id() { return int(threadIdx.x / 32); }
 __device__ __forceinline__ uint32_t lanes_below() { return (1u << arch::lane_id()) - 1; }
 
 // Adds the lanes to counts[bucket], those with a bucket outside 0..width-1 to none; gives each lane those that have its
@@ -41,14 +40,6 @@ __device__ __forceinline__ void clear_counts(PlanShared& shared, int32_t width) 
 struct Scanned {
   int32_t before, all;
 };
-
-__device__ __forceinline__ int32_t scan_warp(int32_t value) {
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t below = arch::shuffle_up(value, distance);
-    if (arch::lane_id() >= distance) value += below;
-  }
-  return value;
-}
 
 // The sum of the values of the threads before, and of all.
 __device__ inline Scanned scan_block(PlanShared& shared, int32_t value) {

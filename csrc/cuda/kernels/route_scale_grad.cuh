@@ -4,6 +4,7 @@
 
 #include "cuda/arch/launch.cuh"
 #include "cuda/arch/warp.cuh"
+#include "cuda/kernels/math.cuh"
 
 namespace moe {
 
@@ -25,7 +26,7 @@ struct ScaleGradShared {
 // Block b: the chunk b / experts in blocks.
 __global__ void __launch_bounds__(kScaleGradThreads) scale_grad_of_chunks(const __grid_constant__ ScaleGradLaunch p) {
   auto& shared = arch::shared<ScaleGradShared>();
-  const int64_t expert_blocks = (p.experts + kScaleGradThreads - 1) / kScaleGradThreads;
+  const int64_t expert_blocks = ceil_div(p.experts, kScaleGradThreads);
   const int64_t chunk = blockIdx.x / expert_blocks;
   const int64_t expert = blockIdx.x % expert_blocks * kScaleGradThreads + threadIdx.x;
   const int64_t begin = chunk * p.chunk_rows, end = begin + p.chunk_rows < p.rows ? begin + p.chunk_rows : p.rows;

@@ -9,16 +9,6 @@
 
 namespace moe {
 
-using Quad = arch::Pack<float, 4>;
-
-// f(T{}) for the element type T.
-template <class F>
-__device__ __forceinline__ void with_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::float32) f(float{});
-  else if (dtype == Dtype::bfloat16) f(__nv_bfloat16{});
-  else f(__half{});
-}
-
 template <class T>
 __device__ __forceinline__ Quad load_quad(const T* row, int64_t first, int64_t count, bool aligned) {
   Quad out;
@@ -74,7 +64,6 @@ class ShortRow {
   __device__ ShortRow(const LaneTeam& team, int64_t experts, double softcap)
       : experts_(int(experts)), first_(4 * team.rank), step_(4 * team.size), softcap_(softcap) {}
 
-  __device__ int experts() const { return experts_; }
   __device__ int id(int i) const { return first_ + i / 4 * step_ + i % 4; }
 
   // The logits themselves, until cap() is called.
@@ -151,8 +140,6 @@ class LongRow {
         step_(4 * int64_t(team.size)),
         aligned_(aligned),
         softcap_(softcap) {}
-
-  __device__ int64_t experts() const { return experts_; }
 
   // f(z, id, logit)
   template <class F>

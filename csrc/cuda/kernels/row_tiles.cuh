@@ -65,7 +65,7 @@ class RowLoader {
       const float scale = row < end_ ? scale_at(from_, slot_of(from_, row)) : 0;
       auto values = arch::load<arch::Pack<T, kVector>>(chunk_of(tile, i));
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) values[v] = T(float(values[v]) * scale);
+      for (int v = 0; v < kVector; ++v) values[v] = from_float<T>(to_float(values[v]) * scale);
       arch::store(chunk_of(tile, i), values);
     }
   }

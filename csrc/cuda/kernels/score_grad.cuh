@@ -41,7 +41,7 @@ __global__ __launch_bounds__(kScoreGradThreads, 8) void score_grad_kernel(const 
       float sum = 0;
       for (int part = arch::lane_id(); part < col_tiles; part += 32) sum += parts[row * col_tiles + part];
       if (p.score_bias.data) sum += bias_share<T>(p, slot_of(p.a, row), tile.expert);
-      for (int distance = 16; distance > 0; distance /= 2) sum += arch::shuffle_xor(sum, distance);
+      sum = sum_of_warp(sum);
       if (arch::lane_id() == 0 && slot >= 0 && slot < slots) static_cast<float*>(p.grad_score)[slot] = sum;
     }
   }

@@ -3,6 +3,7 @@
 
 #include "cuda/arch/atomic.cuh"
 #include "cuda/kernels/rank.cuh"
+#include "cuda/kernels/warp.cuh"
 
 namespace moe {
 
@@ -25,11 +26,7 @@ __device__ inline void find_digit(SelectShared& shared, int32_t wanted) {
   const int lane = arch::lane_id(), top = 255 - 8 * lane;
   int32_t own = 0;
   for (int i = 0; i < 8; ++i) own += shared.histogram[top - i];
-  int32_t up_to = own;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t below = arch::shuffle_up(up_to, distance);
-    if (lane >= distance) up_to += below;
-  }
+  const int32_t up_to = scan_warp(own);
   int32_t before = up_to - own;
   if (before >= wanted || wanted > up_to) return;
   int bin = top;

@@ -10,7 +10,6 @@ namespace moe {
 // one ldmatrix reads, lie in 32 different banks.
 template <class T, int rows, int cols>
 struct SharedTile {
-  static constexpr int kRows = rows;
   static constexpr int kChunk = 16 / sizeof(T);     // elements
   static constexpr int kRowChunks = cols / kChunk;  // a power of two
   static constexpr int kTurns = kRowChunks < 8 ? kRowChunks : 8;

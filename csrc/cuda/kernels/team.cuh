@@ -1,7 +1,7 @@
 // The threads that work on one token together: a few lanes of a warp, or a block.
 #pragma once
 
-#include "cuda/arch/warp.cuh"
+#include "cuda/kernels/warp.cuh"
 
 namespace moe {
 
@@ -46,8 +46,7 @@ struct BlockTeam {
       : size(int(blockDim.x)), rank(int(threadIdx.x)), shared(shared) {}
 
   __device__ double sum(double value) const {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += arch::shuffle_xor(value, distance);
+    value = sum_of_warp(value);
     if (rank % 32 == 0) shared.sums[rank / 32] = value;
     sync();  // the warps' sums are written
     double total = 0;

@@ -2,7 +2,7 @@
 // walk passes the experts.
 #pragma once
 
-#include "cuda/arch/warp.cuh"
+#include "cuda/kernels/warp.cuh"
 #include "stages/params.h"
 
 namespace moe {
@@ -72,11 +72,7 @@ class TileWalk {
     end_ = max(end_, rows_before_);
     for (int distance = 1; distance < 32; distance *= 2) end_ = max(end_, arch::shuffle_up(end_, distance));
     const int before = arch::shuffle_up(end_, 1);
-    tiles_ = row_tiles(lane > 0 ? before : rows_before_, end_) * grid_.col_tiles();
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = arch::shuffle_up(tiles_, distance);
-      if (lane >= distance) tiles_ += below;
-    }
+    tiles_ = scan_warp(row_tiles(lane > 0 ? before : rows_before_, end_) * grid_.col_tiles());
   }
 
   // The tile of this index among those of an expert.

@@ -10,11 +10,18 @@
 
 namespace moe {
 
-// Whether memory may be read 16 bytes at a time.
-inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+// Whether memory may be read `bytes` at a time.
+inline bool is_aligned(const void* data, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(data) % uint64_t(bytes) == 0;
+}
 
 // Whether every row begins where it may.
-inline bool has_aligned_rows(const Matrix& m) { return is_aligned(m.data) && m.stride * size_of(m.dtype) % 16 == 0; }
+inline bool has_aligned_rows(const Matrix& m, int64_t bytes = 16) {
+  return is_aligned(m.data, bytes) && m.stride * size_of(m.dtype) % bytes == 0;
+}
+
+// Whether four neighbours may be read or written at once.
+inline bool has_aligned_quads(const Matrix& m) { return has_aligned_rows(m, 4 * size_of(m.dtype)); }
 
 inline int64_t address(const void* data) { return int64_t(reinterpret_cast<uintptr_t>(data)); }
 

@@ -11,10 +11,10 @@ namespace {
 
 // Accesses of 16 bytes, where all that is given allows them; of one element elsewhere.
 Flag wide(std::initializer_list<Matrix> tensors, int64_t hidden) {
-  int64_t bytes = 16;
+  bool aligned = true;
   for (const Matrix& m : tensors)
-    if (m) bytes |= widest_access({address(m.data), m.stride * size_of(m.dtype), hidden * size_of(m.dtype)});
-  return flag(widest_access({bytes}) == 16);
+    if (m) aligned &= has_aligned_rows(m) && hidden * size_of(m.dtype) % 16 == 0;
+  return flag(aligned);
 }
 
 template <class T, bool wide>

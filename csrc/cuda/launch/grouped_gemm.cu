@@ -36,13 +36,7 @@ void multiply(const GroupedGemmParams& p, const Device& device) {
                                                         .k = p.k,
                                                         .direct = direct,
                                                         .allow_tf32 = p.allow_tf32});
-  const bool halves = p.epilogue == Epilogue::activate && p.activation.gated;
-  const TileGrid grid{.offsets = p.offsets,
-                      .num_experts = int(p.num_experts),
-                      .num_rows = p.num_rows,
-                      .num_cols = halves ? p.n / 2 : p.n,
-                      .rows = config.rows,
-                      .cols = halves ? config.cols / 2 : config.cols};
+  const TileGrid grid = tile_grid(p, config.rows, config.cols);
   const int col_tiles = p.n > 0 ? grid.col_tiles() : 0;
   float* parts = nullptr;  // of the score gradient: [num_rows, col_tiles]
   if (p.grad_score) parts = static_cast<float*>(device.scratch(p.num_rows * col_tiles * int64_t(sizeof(float))));
@@ -62,7 +56,7 @@ void multiply(const GroupedGemmParams& p, const Device& device) {
 
 }  // namespace
 
-void sum_score_gradients(const GroupedGemmParams& p, const float* partial, int64_t col_tiles, const Device& device) {
+void sum_score_gradients(const GroupedGemmParams& p, const float* parts, int64_t col_tiles, const Device& device) {
   // Slots without a row get zeros.
   check(cudaMemsetAsync(p.grad_score, 0, size_t(p.a.num_rows * p.a.width) * sizeof(float), device.stream()));
   const TileGrid grid{.offsets = p.offsets,
@@ -75,7 +69,7 @@ void sum_score_gradients(const GroupedGemmParams& p, const float* partial, int64
   std::visit(
       [&](auto type) {
         launch({.grid = unsigned(blocks), .block = kScoreGradThreads, .stream = device.stream()},
-               score_grad_kernel<typename decltype(type)::type>, p, grid, partial, int(col_tiles));
+               score_grad_kernel<typename decltype(type)::type>, p, grid, parts, int(col_tiles));
       },
       float_type(p.a.rows.dtype, "grouped_gemm"));
 }

@@ -9,7 +9,7 @@ namespace moe {
 inline constexpr int64_t kFewRowsOfProblem = 64;
 void grouped_gemm_few_rows(const GroupedGemmParams&, const Device&);
 
-// p.grad_score from partial [R, col_tiles], what each tile of columns adds to <dA', A>.
-void sum_score_gradients(const GroupedGemmParams& p, const float* partial, int64_t col_tiles, const Device&);
+// p.grad_score from parts [R, col_tiles], what each tile of columns adds to <dA', A>.
+void sum_score_gradients(const GroupedGemmParams& p, const float* parts, int64_t col_tiles, const Device&);
 
 }  // namespace moe

@@ -11,7 +11,7 @@ void grouped_gemm_bias_grad(const BiasGradParams& p, const Device& device) {
   std::visit(
       [&](auto type) {
         using T = typename decltype(type)::type;
-        const int64_t col_blocks = (p.n + kBiasGradCols<T> - 1) / kBiasGradCols<T>;
+        const int64_t col_blocks = ceil_div(p.n, kBiasGradCols<T>);
         launch({.grid = unsigned(p.num_experts * col_blocks),
                 .block = kBiasGradThreads,
                 .shared_bytes = sizeof(BiasGradShared<T>),

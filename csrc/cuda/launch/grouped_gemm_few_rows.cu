@@ -14,22 +14,14 @@ template <class T, class W, bool along_k>
 void start(const GroupedGemmParams& p, const Device& device) {
   using Arithmetic = FewRowsArithmetic<T, W, along_k>;
   constexpr int kCols = Arithmetic::kCols;
-  const bool halves = p.epilogue == Epilogue::activate && p.activation.gated;
-  FewRowsLaunch at{.p = p,
-                   .grid = {.offsets = p.offsets,
-                            .num_experts = int(p.num_experts),
-                            .num_rows = p.num_rows,
-                            .num_cols = halves ? p.n / 2 : p.n,
-                            .rows = kFewRows<T>,
-                            .cols = halves ? kCols / 2 : kCols},
-                   .splits = 1};
+  FewRowsLaunch at{.p = p, .grid = tile_grid(p, kFewRows<T>, kCols), .splits = 1};
   // Tiles are counted without the offsets. A block's warps should have some steps each.
   const int tiles = at.grid.most_tiles(), most_splits = int(p.k / (4 * kFewRowsWarps * Arithmetic::kDepth));
   at.splits = std::max(std::min(device.processors() / tiles, most_splits), 1);
   if (at.splits > 1)
-    at.partial = static_cast<float*>(device.scratch(int64_t(sizeof(float)) * tiles * at.splits * kFewRows<T> * kCols));
+    at.parts = static_cast<float*>(device.scratch(int64_t(sizeof(float)) * tiles * at.splits * kFewRows<T> * kCols));
   if (p.grad_score)
-    at.partial_score = static_cast<float*>(device.scratch(p.num_rows * at.grid.col_tiles() * int64_t(sizeof(float))));
+    at.score_parts = static_cast<float*>(device.scratch(p.num_rows * at.grid.col_tiles() * int64_t(sizeof(float))));
 
   launch({.grid = unsigned(tiles * at.splits),
           .block = kFewRowsThreads,
@@ -42,7 +34,7 @@ void start(const GroupedGemmParams& p, const Device& device) {
             .shared_bytes = sizeof(Products<kFewRows<T>, kCols>),
             .stream = device.stream()},
            grouped_gemm_few_rows_finish<T, kCols>, at);
-  if (p.grad_score) sum_score_gradients(p, at.partial_score, at.grid.col_tiles(), device);
+  if (p.grad_score) sum_score_gradients(p, at.score_parts, at.grid.col_tiles(), device);
 }
 
 }  // namespace

@@ -9,8 +9,8 @@ namespace moe {
 void grouped_gemm_weight_grad(const WeightGradParams& p, const Device& device) {
   float_type(p.out_dtype, "grouped_gemm_weight_grad");
   const WeightGradLaunch at{.p = p,
-                            .n_tiles = (p.n + kGradTile - 1) / kGradTile,
-                            .k_tiles = (p.k + kGradTile - 1) / kGradTile,
+                            .n_tiles = ceil_div(p.n, kGradTile),
+                            .k_tiles = ceil_div(p.k, kGradTile),
                             .aligned_grad = has_aligned_rows(p.grad.rows),
                             .aligned_a = has_aligned_rows(p.a.rows),
                             .aligned_out = is_aligned(p.out) && p.k % 4 == 0};

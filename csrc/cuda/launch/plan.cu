@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/kernels/math.cuh"
 #include "device.h"
 
 namespace moe {
@@ -11,7 +12,7 @@ namespace {
 // Tiles take whole chunks, and at least as many slots as there are experts, so that counts take no more room than ids.
 int32_t tile_slots(int64_t slots, int64_t num_experts) {
   const int64_t tiles = std::clamp<int64_t>(slots / std::max<int64_t>(kPlanChunk, num_experts), 1, kPlanMaxTiles);
-  const int64_t chunks = (slots + tiles * kPlanChunk - 1) / (tiles * kPlanChunk);
+  const int64_t chunks = ceil_div(slots, tiles * kPlanChunk);
   return int32_t(std::min<int64_t>(chunks * kPlanChunk, std::max<int64_t>(slots, 1)));
 }
 
@@ -59,11 +60,11 @@ PlanSteps steps_of(const PlanParams& p, const Device& device) {
 }
 
 void run(const CountingSort& sort, const Device& device) {
-  const int64_t tiles = (int64_t(sort.slots) + sort.tile_slots - 1) / sort.tile_slots;
+  const int64_t tiles = ceil_div(sort.slots, sort.tile_slots);
   const Launch per_tile{
       .grid = unsigned(tiles), .block = kPlanThreads, .shared_bytes = sizeof(PlanShared), .stream = device.stream()};
   launch(per_tile, plan_count_kernel, sort);
-  launch({.grid = unsigned((int64_t(sort.num_experts) + 31) / 32),
+  launch({.grid = unsigned(ceil_div(sort.num_experts, 32)),
           .block = kPlanScanWarps * 32,
           .shared_bytes = sizeof(PlanScanShared),
           .stream = device.stream()},
@@ -81,7 +82,7 @@ void plan(const PlanParams& p, const Device& device) {
            plan_one_block_kernel, steps);
     return;
   }
-  const int64_t tiles = (slots + steps.last.tile_slots - 1) / steps.last.tile_slots;
+  const int64_t tiles = ceil_div(slots, steps.last.tile_slots);
   auto* counts = static_cast<int32_t*>(device.scratch((tiles + 1) * p.num_experts * int64_t(sizeof(int32_t))));
   for (CountingSort* sort : {&steps.first, &steps.last}) {
     sort->totals = counts;

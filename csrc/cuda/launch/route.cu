@@ -8,6 +8,7 @@
 #include "cuda/kernels/route_backward.cuh"
 #include "cuda/kernels/route_long.cuh"
 #include "cuda/kernels/route_scale_grad.cuh"
+#include "cuda/launch/access.h"
 #include "cuda/launch/variant.h"
 #include "device.h"
 
@@ -15,8 +16,6 @@ namespace moe {
 namespace {
 
 constexpr int64_t kShortExperts = 1024;  // more do not fit into the registers of a warp
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Lanes {
   int lanes;                 // per token
@@ -29,12 +28,6 @@ Lanes lanes_for(int64_t experts) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes * (lanes < 8 ? 1 : 4) < experts) lanes *= 2;
   return {lanes, at_least<1, 2, 4, 8>(ceil_div(experts, 4 * lanes))};
-}
-
-// Whether four neighbours may be read or written at once.
-bool reads_quads(const Matrix& rows) {
-  const auto bytes = uint64_t(4 * size_of(rows.dtype));
-  return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && rows.stride % 4 == 0;
 }
 
 // counts [S], zeros before, += the tokens of each segment.
@@ -172,7 +165,7 @@ void sum_scale_terms(const RouteBackwardParams& p, const double* terms, const De
 
 void route(const RouteParams& p, const Device& device) {
   float_type(p.logits.dtype, "route");  // throws for float64
-  RouteLaunch at{.p = p, .aligned = reads_quads(p.logits)};
+  RouteLaunch at{.p = p, .aligned = has_aligned_quads(p.logits)};
   if (p.experts == 0) at.p.num_groups = 1;
   if (!choice_is_on_scores(at.p)) at.p.options = without_others(p.options, p.experts);
   if (p.counts) at.statistics = begin_statistics(p, device);
@@ -193,7 +186,8 @@ void route(const RouteParams& p, const Device& device) {
 
 void route_backward(const RouteBackwardParams& p, const Device& device) {
   float_type(p.logits.dtype, "route_backward");  // throws for float64
-  RouteBackwardLaunch at{.p = p, .reads_quads = reads_quads(p.logits), .writes_quads = reads_quads(p.grad_logits)};
+  RouteBackwardLaunch at{
+      .p = p, .reads_quads = has_aligned_quads(p.logits), .writes_quads = has_aligned_quads(p.grad_logits)};
   if (p.grad_mean_prob && p.segments) {
     const int64_t bytes = p.num_segments * 4;
     auto* tokens = static_cast<int32_t*>(device.scratch(std::max<int64_t>(bytes, 1)));

@@ -60,7 +60,6 @@ class Block {
   // For the thread that runs.
   void sync(unsigned barrier, unsigned threads, Where where);
   void spin(Where where);
-  void made_progress() { progressed_ = true; }
   template <class Args>
   void together(const char* instruction, uint32_t lanes, Args& args, void (*act)(const Lanes<Args>&), Where where) {
     meet(instruction, lanes, &args, reinterpret_cast<void (*)()>(act), where,

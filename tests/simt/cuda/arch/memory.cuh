@@ -12,7 +12,6 @@ namespace moe::arch {
 
 template <class T, int n>
 struct alignas(sizeof(T) * n) Pack {
-  static constexpr int kSize = n;
   T values[n];
 
   T& operator[](int i) { return values[i]; }
