@@ -17,16 +17,12 @@ struct Device {
 
   // Told of each output before it is written. Fresh memory comes in pages of 4 KiB, and the faults of their first use
   // cost more than the writing; large outputs ask for huge pages, as THP_MEM_ALLOC_ENABLE=1 makes torch do for all.
-  // The largest do not: theirs is seldom memory that was in use a moment ago, and a huge page that a virtual machine's
-  // host has to find costs more than it saves.
   static void allocated(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t kHugePage = 2 << 20;
-    constexpr int64_t kMostBytes = 64 << 20;
     const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) & ~(kHugePage - 1);
     const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) & ~(kHugePage - 1);
-    if (begin < end && bytes <= kMostBytes)
-      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where refused, 4 KiB do
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where refused, 4 KiB do
 #endif
   }
 };

@@ -101,13 +101,19 @@ void grouped_gemm(const GroupedGemmParams& p, const Device&) {
 void grouped_gemm_weight_grad(const WeightGradParams& p, const Device&) {
   const Kernels& isa = kernels();
   const auto offsets = read_offsets(p.offsets, p.num_experts, p.num_rows);
-  const int64_t n_tiles = ceil_div(p.n, kTileRows), k_tiles = ceil_div(p.k, kTileCols), tiles = n_tiles * k_tiles;
-  const double cost = double(std::min<int64_t>(p.n, kTileRows)) * std::min<int64_t>(p.k, kTileCols) *
+  const int64_t n_tiles = ceil_div(p.n, kTileRows), k_tiles = ceil_div(p.k, kTileCols),
+                strips = p.num_experts * n_tiles;
+  // A piece is a strip of rows, so that a thread has the pages of a fresh output to itself; a strip is cut into runs of
+  // tiles only where there are too few to keep the threads busy.
+  constexpr int64_t kPiecesOfAThread = 4;
+  const int64_t wanted = kPiecesOfAThread * int64_t(torch::stable::get_num_threads());
+  const int64_t runs = strips ? std::min(ceil_div(wanted, strips), k_tiles) : 0;
+  const double cost = double(std::min<int64_t>(p.n, kTileRows)) * p.k / std::max<int64_t>(runs, 1) *
                       (1 + double(offsets.back()) / std::max<int64_t>(p.num_experts, 1));
-  for_each_piece(p.num_experts * tiles, cost, [&](int64_t i) {
-    const int64_t e = i / tiles, tile = i % tiles;
-    isa.grouped_gemm_weight_grad(p, e, offsets[e], offsets[e + 1], tile / k_tiles * kTileRows,
-                                 tile % k_tiles * kTileCols);
+  for_each_piece(strips * runs, cost, [&](int64_t i) {
+    const int64_t strip = i / runs, run = i % runs, e = strip / n_tiles, n_begin = strip % n_tiles * kTileRows;
+    for (int64_t tile = k_tiles * run / runs; tile < k_tiles * (run + 1) / runs; ++tile)
+      isa.grouped_gemm_weight_grad(p, e, offsets[e], offsets[e + 1], n_begin, tile * kTileCols);
   });
 }
 
