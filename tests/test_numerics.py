@@ -5,8 +5,8 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal, place
-from cases import DEVICE, Case, distinct, powers, randn
-from moe_ops import library, numerics
+from cases import DEVICE, Case, distinct, every_dtype, powers, randn, unaligned
+from moe_ops import _C, library, numerics
 
 pytestmark = pytest.mark.usefixtures("switches")
 on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has neither TF32 nor kernels that differ by batch")
@@ -221,6 +221,9 @@ def test_one_token_of_many(precision, device):
         y = moe_ops.moe_mlp(*leaves, place(ids[tokens], device), w_in, w_out)
         return y.detach(), *torch.autograd.grad(y, leaves, place(gradient[tokens], device))
 
+    if DEVICE == "simt":  # of 4 processors
+        sizes = [_C.gemm_tiles(4, "bfloat16", rows, 5, 48)["rows"] for rows in (2, 1024)]
+        assert sizes == [64, 128], "tiles of either size are meant to be compared"
     moe_ops.set_batch_invariant(True)
     together = results(torch.arange(512))
     for token in (0, 300, 511):
@@ -231,6 +234,17 @@ def test_one_token_of_many(precision, device):
     moe_ops.set_batch_invariant(False)
     streamed = torch.cat([results([token])[0] for token in range(0, 64, 8)])
     assert not torch.equal(streamed, together[0][0:64:8]), "the switch changes nothing: a kernel of its own is expected"
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [5, 100])
+def test_alignment_changes_no_bit(rows, dtype, device):
+    """Operands that are copied as they lie, and those that pass through registers."""
+    a, w = place(randn(rows, 64, dtype=dtype), device), place(randn(1, 32, 64, dtype=dtype, seed=1), device)
+    offsets = place(torch.tensor([0, rows], dtype=torch.int32), device)
+    expected = moe_ops.grouped_gemm(a, w, offsets)
+    assert_bitwise_equal(moe_ops.grouped_gemm(unaligned(a), w, offsets), expected, "rows")
+    assert_bitwise_equal(moe_ops.grouped_gemm(a, unaligned(w), offsets), expected, "weights")
 
 
 def test_compiled_code_reads_both_switches_and_traces_again(device, monkeypatch):

@@ -12,7 +12,7 @@
 namespace moe {
 
 // What a block may have of shared memory on sm_86, sm_89 and sm_120; the others give more.
-// https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications-technical-specifications-per-compute-capability
+// https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
 inline constexpr int64_t kSharedBytesOfEveryCard = 99 * 1024;
 
 struct GemmProblem {
