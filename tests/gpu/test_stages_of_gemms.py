@@ -1,5 +1,7 @@
 """The grouped GEMMs as nvcc compiles them, without torch: epilogues, orientations, kernels, gradients of weights."""
 
+import itertools
+
 import pytest
 import torch
 from params import ENUMS, STRUCTS
@@ -16,7 +18,8 @@ every_orientation = pytest.mark.parametrize("orient", [lambda w: w, transposed],
 FEW = Case("few_rows", tokens=20, experts=5, top_k=3, hidden=48, inner=40, choose=some_dropped)
 MANY = Case("many_rows", tokens=90, experts=5, top_k=3, hidden=72, inner=136, choose=crowded)
 ODD = Case("odd_many_rows", tokens=50, experts=4, top_k=2, hidden=37, inner=41, choose=some_dropped)
-few_many_odd = pytest.mark.parametrize("case", [FEW, MANY, ODD], ids=lambda case: case.name)
+CASES = [FEW, MANY, ODD]
+few_many_odd = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def shapes(case, n, k):
@@ -101,7 +104,10 @@ def test_float32_weights_are_rounded(case, dtype, orient, card):
 
 ACTIVATE = [{"activation": name, "gated": gated} for name in ACTIVATIONS for gated in (True, False)]
 ACTIVATE += [{"layout": "interleaved", "alpha": 1.702, "limit": 1.0, "up_offset": 1.0}, {"limit": 0.5, "gated": False}]
-every_activation = pytest.mark.parametrize("options", ACTIVATE, ids=lambda o: "-".join(map(str, o.values())))
+# Every activation once, and two of them in every kernel.
+EPILOGUES = [(options, FEW, torch.bfloat16) for options in ACTIVATE]
+EPILOGUES += [(options, *rest) for options in (ACTIVATE[0], ACTIVATE[-2]) for rest in itertools.product(CASES, DTYPES)]
+every_epilogue = pytest.mark.parametrize("options, case, dtype", EPILOGUES)
 
 
 def activation_of(activation="silu", layout="concatenated", **numbers):
@@ -112,9 +118,7 @@ def route_weights(case):
     return torch.rand(case.tokens, case.top_k, generator=seeded(4)) + 0.5
 
 
-@every_activation
-@few_many_odd
-@every_dtype
+@every_epilogue
 def test_activate(options, case, dtype, card):
     """The pre-activation and what becomes of it; the rows times their route weight."""
     plan, score = reference.plan(case.ids(), case.experts), route_weights(case)
@@ -144,9 +148,7 @@ def test_activate(options, case, dtype, card):
     hold(ours, eager, oracle)
 
 
-@every_activation
-@few_many_odd
-@every_dtype
+@every_epilogue
 def test_activate_backward(options, case, dtype, card):
     """dH, the inner rows times their score, and the score's gradient, from dY and the pre-activation."""
     plan, rows = reference.plan(case.ids(), case.experts), case.tokens * case.top_k
