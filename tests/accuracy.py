@@ -114,6 +114,30 @@ def run(
     return results | {f"grad {name}": grad for name, grad in zip(differentiate, grads, strict=True)}
 
 
+def references(
+    call: Call, tensors: dict[str, Tensor], differentiate: tuple[str, ...], gradients: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the reference gives in float64, and in the dtypes of the tensors. Missing gradients are drawn and kept."""
+    doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    oracle = run(call, reference, doubles, differentiate, gradients)
+    return oracle, run(call, reference, tensors, differentiate, gradients)
+
+
+def hold(
+    ours: dict[str, Tensor], eager: dict[str, Tensor], oracle: dict[str, Tensor], exact: bool = False
+) -> dict[str, Tensor]:
+    """Holds each result to the law, and returns them all. Integers must be equal; with `exact`, everything must."""
+    assert ours.keys() == oracle.keys()
+    for name, value in ours.items():
+        if not value.is_floating_point():
+            assert_bitwise_equal(value, oracle[name], name)
+        elif exact:
+            assert_bitwise_equal(value, oracle[name].to(eager[name].dtype), name)
+        else:
+            assert_as_accurate(value, eager[name], oracle[name], name)
+    return ours
+
+
 def compare(
     call: Call,
     tensors: dict[str, Tensor],
@@ -129,17 +153,7 @@ def compare(
     grad_layout: how the outgoing gradients lie in memory when ours gets them.
     """
     gradients = {} if gradients is None else gradients
-    doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-    oracle = run(call, reference, doubles, differentiate, gradients)
-    eager = run(call, reference, tensors, differentiate, gradients)
+    oracle, eager = references(call, tensors, differentiate, gradients)
     placed = {name: place(t, device) for name, t in tensors.items()}
     ours = run(call, moe_ops, placed, differentiate, gradients, grad_layout)
-    assert ours.keys() == oracle.keys()
-    for name, value in ours.items():
-        if not value.is_floating_point():
-            assert_bitwise_equal(value, oracle[name], name)
-        elif exact:
-            assert_bitwise_equal(value, oracle[name].to(eager[name].dtype), name)
-        else:
-            assert_as_accurate(value, eager[name], oracle[name], name)
-    return ours
+    return hold(ours, eager, oracle, exact)

@@ -18,6 +18,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
     config.addinivalue_line("markers", "long_emulated: needs minutes on the emulator; run with --long there")
     config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
+    config.addinivalue_line("markers", "on_device: set on every test whose tensors live on the device under test")
     wanted = config.getoption("--device")
     os.environ["MOE_OPS_DEVICE"] = wanted  # before moe_ops is imported, here and in subprocesses
     if wanted != "cpu":
@@ -36,6 +37,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("on_device")
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="long; run with --long")
         for item in items:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -64,6 +65,24 @@ def test_streams_give_the_same_bits(device):
     for result in results:
         for ours, theirs in zip(result, expected, strict=True):
             assert_bitwise_equal(ours, theirs)
+
+
+def test_threads_give_the_same_bits(device):
+    """Forward and backward at once from several threads, each with a stream of its own."""
+    expected = forward_and_backward(*leaves(device))
+
+    def work(_):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            result = forward_and_backward(*leaves(device))
+        stream.synchronize()
+        return result
+
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(work, range(8)):
+            for ours, theirs in zip(result, expected, strict=True):
+                assert_bitwise_equal(ours, theirs)
 
 
 def test_a_device_that_is_not_the_current_one():

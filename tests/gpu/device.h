@@ -1,0 +1,30 @@
+// A CUDA device without torch, where the launch layer finds it: a stream of its own, plain allocations.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#include "stages/stages.h"
+
+namespace moe {
+
+struct Device {
+  Device();
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+  int arch() const;
+  int processors() const;
+  void* scratch(int64_t bytes) const;
+
+  void finish() const;  // waits for the kernels, throws what went wrong in them
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  mutable std::vector<void*> scratch_;
+};
+
+}  // namespace moe
