@@ -27,7 +27,7 @@ headers=$(dirname "$(find -L "$toolkit/include" "$toolkit/targets" -name cuda_ru
 built="sm_$arch"
 
 mkdir -p "$work"
-cxx=(g++ -std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -w -Icsrc)
+cxx=(g++ -std=c++20 -O3 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -w -Wno-psabi -Icsrc)
 stable=(-isystem "$torch/include" -DTORCH_TARGET_VERSION=0x020a000000000000)
 contract=(-ffp-contract=fast -fno-math-errno -fno-trapping-math)
 avx2=(-mavx2 -mfma -mf16c -mbmi2)
