@@ -77,16 +77,20 @@ case $torch in
   *) sees_gpu= ;;
 esac
 
+arch=""
+if [ -n "$sees_gpu" ]; then
+  arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')
+fi
 if [ -z "$nvcc" ]; then
   pass_over build "there is no nvcc (CUDACXX names one)"
 elif [ -z "$sees_gpu" ]; then
   pass_over build "torch sees no GPU, so that there is nothing to build for"
 elif [ "$(command -v cmake)" ] && [ "$(command -v ninja)" ] && has_module pybind11 &&
   step configure 40 cmake -G Ninja -S . -B build/gpu_check -DMOE_OPS_CUDA=ON -DCMAKE_CUDA_COMPILER="$nvcc" \
-    -DCMAKE_CUDA_ARCHITECTURES=native -DPython_EXECUTABLE="$(command -v "$python")" -DCMAKE_INSTALL_PREFIX="$PWD/python"; then
+    -DCMAKE_CUDA_ARCHITECTURES="$arch-real" -DPython_EXECUTABLE="$(command -v "$python")" -DCMAKE_INSTALL_PREFIX="$PWD/python"; then
   step build 240 ninja -C build/gpu_check install
 else
-  step build 240 bench/build_here.sh
+  step build 240 bench/build_here.sh "$arch"
 fi
 
 if ! "$python" -c 'import moe_ops' 2> "$logs/import"; then
@@ -96,7 +100,7 @@ elif [ -z "$sees_gpu" ]; then
 else
   step diagnosis 60 "$python" -m moe_ops
   if has_module pytest && has_module hypothesis; then
-    step "tests on the device" $((($(left) - 200) / 2)) "$python" -m pytest -q -x --device cuda -p no:cacheprovider \
+    step "tests on the device" $((($(left) - 200) / 2)) "$python" -m pytest -q --maxfail 20 --device cuda -p no:cacheprovider \
       tests/test_{route,plan,permute,combine,grouped_gemm,moe_mlp}.py
     [ -d tests/gpu ] && step "tests of the stages" $(($(left) > 260 ? 90 : 30)) "$python" -m pytest -q -p no:cacheprovider tests/gpu
   else
