@@ -47,6 +47,7 @@ class Launch:
     blocks: str = "1"  # on a processor at once: what the kernel was written for
 
 
+# By the kernel's name, without `_kernel` at the end.
 LAUNCHES = {
     "route_short": Launch("kRouteThreads", ("0", "sizeof(RouteShared<kQuads>)"), "blocks_per_processor(kQuads)"),
     "route_long": Launch("kLongThreads", ("sizeof(LongRouteShared)",), "2"),
@@ -58,29 +59,29 @@ LAUNCHES = {
     "finish_statistics": Launch("256"),
     "scale_grad_of_chunks": Launch("kScaleGradThreads", ("sizeof(ScaleGradShared)",)),
     "scale_grad": Launch("kScaleGradThreads"),
-    "plan_one_block_kernel": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
-    "plan_count_kernel": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
-    "plan_scan_kernel": Launch("kPlanScanWarps * 32", ("sizeof(PlanScanShared)",)),
-    "plan_place_kernel": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
-    "plan_drop_kernel": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
-    "permute_kernel": Launch("kPermuteThreads"),
-    "combine_kernel": Launch("kCombineThreads"),
-    "combine_backward_kernel": Launch("kCombineThreads"),
-    "grouped_gemm_kernel": Launch(
+    "plan_one_block": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
+    "plan_count": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
+    "plan_scan": Launch("kPlanScanWarps * 32", ("sizeof(PlanScanShared)",)),
+    "plan_place": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
+    "plan_drop": Launch("kPlanThreads", ("sizeof(PlanShared)",)),
+    "permute": Launch("kPermuteThreads"),
+    "combine": Launch("kCombineThreads"),
+    "combine_backward": Launch("kCombineThreads"),
+    "grouped_gemm": Launch(
         "Config::value.threads()",
         ("sizeof(GemmShared<RowTiles<T, Config, direct>, WeightTiles<T, Config, k_major, direct>, Config>)",),
         "Config::value.blocks",
     ),
-    "grouped_gemm_few_rows_kernel": Launch(
+    "grouped_gemm_few_rows": Launch(
         "kFewRowsThreads", ("sizeof(FewRowsShared<T, FewRowsArithmetic<T, W, along_k>>)",), "2"
     ),
     "grouped_gemm_few_rows_finish": Launch("kFewRowsThreads", ("sizeof(Products<kFewRows<T>, cols>)",), "4"),
-    "score_grad_kernel": Launch("kScoreGradThreads", blocks="8"),
+    "score_grad": Launch("kScoreGradThreads", blocks="8"),
     "grouped_gemm_weight_grad": Launch("kGradThreads<T>", ("sizeof(WeightGradShared<T>)",), "sizeof(T) == 2 ? 2 : 1"),
     "grouped_gemm_bias_grad": Launch("kBiasGradThreads", ("sizeof(BiasGradShared<T>)",), "2"),
 }
 
-MULTIPLY = ("grouped_gemm_kernel", "grouped_gemm_few_rows_kernel", "grouped_gemm_weight_grad")
+MULTIPLY = ("grouped_gemm", "grouped_gemm_few_rows", "grouped_gemm_weight_grad")
 LOOP_COLUMNS = (*ARITHMETIC, "LDSM", "LDS", "LDGSTS", "LDG", "BAR")
 
 # Of one processor: shared memory in bytes; the rest is the same on sm_80 and sm_90. CUDA C++ Programming Guide,
@@ -127,7 +128,7 @@ def read_templates() -> dict[str, tuple[str, ...]]:
     found = {}
     for path in sorted((ROOT / "csrc/cuda/kernels").glob("*.cuh")):
         for parameters, name in head.findall(path.read_text()):
-            found[name] = tuple(part.strip() for part in parameters.split(",") if part.strip())
+            found[name.removesuffix("_kernel")] = tuple(part.strip() for part in parameters.split(",") if part.strip())
     return found
 
 
@@ -138,7 +139,7 @@ def name_instances(symbols: list[str]) -> dict[str, Instance]:
     for symbol, name in zip(symbols, plain, strict=True):
         name = name.removeprefix("void ").replace("moe::", "").replace("(bool)1", "true").replace("(bool)0", "false")
         family, _, rest = name.partition("(")[0].partition("<") if "<" not in name else name.partition("<")
-        arguments = split_arguments(rest)
+        family, arguments = family.removesuffix("_kernel"), split_arguments(rest)
         if family not in LAUNCHES or len(templates.get(family, ())) != len(arguments):
             raise SystemExit(f"{name}: not known here: say in LAUNCHES how {family} is launched")
         instances[symbol] = Instance(family, templates[family], arguments)

@@ -85,7 +85,7 @@ def test_the_check_tells_what_has_changed(library, tmp_path, capsys):
     assert check(table, path) == []
     assert "laws only" in capsys.readouterr().out
     kernel.stack = 8
-    assert check(table, path) == ["combine_kernel<T, n>, float32, 4, sm_90a: 8 bytes of stack, 0 accesses to it"]
+    assert check(table, path) == ["combine<T, n>, float32, 4, sm_90a: 8 bytes of stack, 0 accesses to it"]
 
 
 def test_every_kernel_has_a_launch_and_a_heading():
