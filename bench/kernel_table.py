@@ -77,7 +77,11 @@ LAUNCHES = {
     ),
     "grouped_gemm_few_rows_finish": Launch("kFewRowsThreads", ("sizeof(Products<kFewRows<T>, cols>)",), "4"),
     "score_grad": Launch("kScoreGradThreads", blocks="8"),
-    "grouped_gemm_weight_grad": Launch("kGradThreads<T>", ("sizeof(WeightGradShared<T>)",), "sizeof(T) == 2 ? 2 : 1"),
+    "grouped_gemm_weight_grad": Launch(
+        "OuterProducts<T, tensor_cores>::kThreads",
+        ("sizeof(WeightGradShared<T, tensor_cores>)",),
+        "OuterProducts<T, tensor_cores>::kBlocks",
+    ),
     "grouped_gemm_bias_grad": Launch("kBiasGradThreads", ("sizeof(BiasGradShared<T>)",), "2"),
 }
 

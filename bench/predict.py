@@ -76,13 +76,23 @@ def active_experts(s: Shape) -> int:
     return max(1, round(s.experts * (1 - (1 - s.top_k / s.experts) ** s.tokens)))
 
 
+def prefers_large_tiles(card: Card, s: Shape, n: int) -> bool:
+    """As csrc/cuda/launch/gemm_config.h chooses between 128 and 64 rows."""
+
+    def rows_in_turn(rows: int) -> int:
+        row_tiles = ceil((2 * s.rows + min(s.experts, s.rows) * rows) / (2 * rows))
+        return ceil(row_tiles * ceil(n / 128) / card.processors) * rows
+
+    return 4 * rows_in_turn(128) < 5 * rows_in_turn(64)
+
+
 def product(card: Card, s: Shape, size: int, n: int, k: int) -> float:
     """Rows [R, k] by weights [n, k] of each expert, rows shared out evenly: tiles as csrc/cuda/launch/gemm_config.h."""
     active = active_experts(s)
     work = roofline.grouped_gemm(s, size, n, k, active)
     if s.rows <= FEW_ROWS:
         return memory_bound(card, work)
-    tile_rows, blocks = (128, 2) if size == 2 and s.rows > 96 * s.experts else (64, 3 if size == 2 else 2)
+    tile_rows, blocks = (128, 2) if size == 2 and prefers_large_tiles(card, s, n) else (64, 3 if size == 2 else 2)
     tiles = active * ceil(s.rows / active / tile_rows) * ceil(n / 128)
     return _of_tiles(card, work, size, tiles, 2.0 * tile_rows * 128 * ceil(k / 32) * 32, blocks)
 

@@ -91,6 +91,18 @@ def threads():
 
 
 @pytest.fixture
+def switches():
+    """Puts batch invariance and torch's TF32 switch back after a test that changes them."""
+    from moe_ops import set_batch_invariant
+
+    yield
+    set_batch_invariant(False)
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.fixture
 def launches(pytestconfig):
     """Gives how many kernels the process has started, on the emulator, which counts them."""
     if pytestconfig.getoption("--device") != "simt":

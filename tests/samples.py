@@ -40,6 +40,9 @@ class Maker:
 
 Args = tuple[Any, ...]
 
+# allow_tf32, batch_invariant
+EXACT, INVARIANT_TF32 = (False, False), (True, True)
+
 
 def route(make: Maker) -> list[Args]:
     logits, bias, scale = make(T, E), make(E, dtype=make.compute, grad=False), make(E, dtype=make.compute)
@@ -76,30 +79,31 @@ def permute(make: Maker) -> list[Args]:
 
 def grouped_gemm(make: Maker) -> list[Args]:
     p = make.plan()
+    rows, gather = (None, None, None), (p.row_slot, p.slot_row, None)
     calls: list[Args] = [
-        (make(T * K, H), make(E, INNER, H), p.offsets, None, None, None, None),
-        (make(T, H), make(E, H, INNER).transpose(1, 2), p.offsets, make(E, INNER), p.row_slot, p.slot_row, None),
+        (make(T * K, H), make(E, INNER, H), p.offsets, None, *rows, *EXACT),
+        (make(T, H), make(E, H, INNER).transpose(1, 2), p.offsets, make(E, INNER), *gather, *INVARIANT_TF32),
     ]
     if make.dtype in (torch.bfloat16, torch.float16):
-        calls.append((make(T * K, H), make(E, INNER, H, dtype=torch.float32), p.offsets, None, None, None, None))
+        calls.append((make(T * K, H), make(E, INNER, H, dtype=torch.float32), p.offsets, None, *rows, *EXACT))
     if not make.grad and DEVICE == "cpu":
         w = prepack(make(E, INNER, H))
-        calls.append((make(T * K, H), w.stand_in, p.offsets, make(E, INNER), None, None, w.panels))
+        calls.append((make(T * K, H), w.stand_in, p.offsets, make(E, INNER), None, None, w.panels, *EXACT))
     return calls
 
 
 def grouped_gemm_weight_grad(make: Maker) -> list[Args]:
     p = make.plan()
     return [
-        (make(T * K, INNER), make(T * K, H), p.offsets, None, 1, make.dtype),
-        (make(T * K, INNER), make(T, H), p.offsets, p.row_slot, K, make.compute),
+        (make(T * K, INNER), make(T * K, H), p.offsets, None, 1, make.dtype, False),
+        (make(T * K, INNER), make(T, H), p.offsets, p.row_slot, K, make.compute, True),
     ]
 
 
 def grouped_gemm_weight_grad_(make: Maker) -> list[Args]:
     p = make.plan()
     out = make(E, INNER, H, dtype=make.compute)
-    return [(out, make(T * K, INNER), make(T, H), p.offsets, p.row_slot, K)]
+    return [(out, make(T * K, INNER), make(T, H), p.offsets, p.row_slot, K, False)]
 
 
 def grouped_gemm_bias_grad(make: Maker) -> list[Args]:
@@ -133,19 +137,20 @@ PLAIN = (4, False, False, 1.0, float("inf"), 0.0)
 def moe_mlp(make: Maker) -> list[Args]:
     p = make.plan()
     x, weights = make(T, H), make(T, K, dtype=make.compute)
-    w_out, b_out = make(E, H, INNER), make(E, H)
+    w_in, b_in, w_out, b_out = make(E, 2 * INNER, H), make(E, 2 * INNER), make(E, H, INNER), make(E, H)
     maps = (p.offsets, p.row_slot, p.slot_row)
+    plain = make(E, INNER, H)
     calls: list[Args] = [
-        (x, weights, make(E, 2 * INNER, H), w_out, make(E, 2 * INNER), b_out, *maps, *GPT_OSS, False, True, None, None),
-        (x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, True, True, None, None),
+        (x, weights, w_in, w_out, b_in, b_out, *maps, *GPT_OSS, False, *EXACT, True, None, None),
+        (x, weights, plain, w_out, None, None, *maps, *PLAIN, True, *INVARIANT_TF32, True, None, None),
     ]
     if not make.grad:
-        calls.append((x, weights, make(E, INNER, H), w_out, None, None, *maps, *PLAIN, False, False, None, None))
+        calls.append((x, weights, plain, w_out, None, None, *maps, *PLAIN, False, *EXACT, False, None, None))
     if not make.grad and DEVICE == "cpu":
-        w_in, packed_out = prepack(make(E, 2 * INNER, H)), prepack(w_out)
-        weights_in_out = (w_in.stand_in, packed_out.stand_in)
-        panels = (w_in.panels, packed_out.panels)
-        calls.append((x, weights, *weights_in_out, None, b_out, *maps, *GPT_OSS, False, False, *panels))
+        packed_in, packed_out = prepack(w_in), prepack(w_out)
+        weights_in_out = (packed_in.stand_in, packed_out.stand_in)
+        panels = (packed_in.panels, packed_out.panels)
+        calls.append((x, weights, *weights_in_out, None, b_out, *maps, *GPT_OSS, False, *EXACT, False, *panels))
     return calls
 
 
@@ -155,9 +160,9 @@ def moe_mlp_backward(make: Maker) -> list[Args]:
     w_in, w_out, b_out = make(E, 2 * INNER, H), make(E, H, INNER), make(E, H)
     args = (grad, x, make(T * K, 2 * INNER), weights, w_in, w_out, b_out, p.offsets, p.row_slot, p.slot_row, *GPT_OSS)
     return [
-        (*args, False, make.dtype, *(True,) * 5),
-        (*args, True, None, True, True, False, True, False),
-        (*args, False, None, False, False, True, False, True),
+        (*args, False, *EXACT, make.dtype, *(True,) * 5),
+        (*args, True, *INVARIANT_TF32, None, True, True, False, True, False),
+        (*args, False, *EXACT, None, False, False, True, False, True),
     ]
 
 

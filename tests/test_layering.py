@@ -44,10 +44,11 @@ IMPORTS = {
     "checks": ["types"],
     "module_checks": ["checks", "types"],
     "packing": ["checks", "types"],
+    "numerics": ["checks", "library"],
     "fakes": ["checks", "packing"],
     "autograd": ["library"],
-    "ops": ["autocast", "autograd", "checks", "cuda", "fakes", "library", "packing", "types"],
-    "functional": ["autocast", "autograd", "checks", "packing", "types"],
+    "ops": ["autocast", "autograd", "checks", "cuda", "fakes", "library", "numerics", "packing", "types"],
+    "functional": ["autocast", "autograd", "checks", "numerics", "packing", "types"],
     "losses": ["checks", "module_checks", "types"],
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "packing", "reference", "types"],
 }

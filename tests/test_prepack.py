@@ -214,7 +214,7 @@ def test_grouped_gemm_refuses_gradients(needed):
         moe_ops.grouped_gemm(tensors["a"], packed, offsets_of([2, 4]), bias=tensors["bias"])
     with pytest.raises(RuntimeError, match="moe_ops::grouped_gemm: a PackedWeight has no gradient"):
         torch.ops.moe_ops.grouped_gemm(
-            tensors["a"], packed.stand_in, offsets_of([2, 4]), tensors["bias"], None, None, packed.panels
+            tensors["a"], packed.stand_in, offsets_of([2, 4]), tensors["bias"], None, None, packed.panels, False, False
         )
 
 

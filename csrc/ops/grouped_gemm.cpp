@@ -27,7 +27,8 @@ Rows read_rows(const char* what, const Tensor& a, const OptionalTensor& row_slot
 }
 
 Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offsets, const OptionalTensor& bias,
-                       const OptionalTensor& row_slot, const OptionalTensor& slot_row, const OptionalTensor& panels) {
+                       const OptionalTensor& row_slot, const OptionalTensor& slot_row, const OptionalTensor& panels,
+                       bool allow_tf32, bool batch_invariant) {
   expect_shape("grouped_gemm: a", a, {-1, -1});
   STD_TORCH_CHECK(!row_slot || slot_row, "grouped_gemm: row_slot without slot_row");
   expect_weights("grouped_gemm: weight", weight, a, -1, a.size(1));
@@ -47,13 +48,15 @@ Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offs
                 .n = w.size(1),
                 .k = w.size(2),
                 .bias = vector(b),
+                .allow_tf32 = allow_tf32,
+                .batch_invariant = batch_invariant,
                 .out = matrix(out)},
                Device(a));
   return out;
 }
 
 void weight_grad(const Tensor& out, bool accumulate, const Tensor& grad, const Tensor& a, const Tensor& offsets,
-                 const OptionalTensor& row_slot, int64_t width) {
+                 const OptionalTensor& row_slot, int64_t width, bool allow_tf32) {
   expect_offsets("grouped_gemm_weight_grad: offsets", offsets, out.size(0));
   expect_type("grouped_gemm_weight_grad: a", a, grad.scalar_type());
   const auto rows = read_rows("grouped_gemm_weight_grad: row_slot", a, row_slot, width);
@@ -68,28 +71,30 @@ void weight_grad(const Tensor& out, bool accumulate, const Tensor& grad, const T
                             .k = a.size(1),
                             .out = out.data_ptr(),
                             .out_dtype = dtype_of(out),
-                            .accumulate = accumulate},
+                            .accumulate = accumulate,
+                            .allow_tf32 = allow_tf32},
                            Device(grad));
 }
 
 Tensor grouped_gemm_weight_grad_op(const Tensor& grad, const Tensor& a, const Tensor& offsets,
-                                   const OptionalTensor& row_slot, int64_t width, ScalarType dtype) {
+                                   const OptionalTensor& row_slot, int64_t width, ScalarType dtype, bool allow_tf32) {
   expect_shape("grouped_gemm_weight_grad: grad", grad, {-1, -1});
   expect_shape("grouped_gemm_weight_grad: a", a, {-1, -1});
   expect_shape("grouped_gemm_weight_grad: offsets", offsets, {-1});
   STD_TORCH_CHECK(offsets.size(0) > 0, "grouped_gemm_weight_grad: offsets is empty");
   auto out = empty({offsets.size(0) - 1, grad.size(1), a.size(1)}, dtype, grad);
-  weight_grad(out, false, grad, a, offsets, row_slot, width);
+  weight_grad(out, false, grad, a, offsets, row_slot, width, allow_tf32);
   return out;
 }
 
 void grouped_gemm_weight_grad_accumulate_op(const Tensor& out, const Tensor& grad, const Tensor& a,
-                                            const Tensor& offsets, const OptionalTensor& row_slot, int64_t width) {
+                                            const Tensor& offsets, const OptionalTensor& row_slot, int64_t width,
+                                            bool allow_tf32) {
   expect_shape("grouped_gemm_weight_grad_: grad", grad, {-1, -1});
   expect_shape("grouped_gemm_weight_grad_: a", a, {-1, -1});
   expect_shape("grouped_gemm_weight_grad_: out", out, {-1, grad.size(1), a.size(1)});
   STD_TORCH_CHECK(out.is_contiguous(), "grouped_gemm_weight_grad_: out is not contiguous");
-  weight_grad(out, true, grad, a, offsets, row_slot, width);
+  weight_grad(out, true, grad, a, offsets, row_slot, width, allow_tf32);
 }
 
 Tensor grouped_gemm_bias_grad_op(const Tensor& grad, const Tensor& offsets, ScalarType dtype) {

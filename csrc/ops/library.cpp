@@ -1,5 +1,6 @@
 // Every operator of the library, in dataflow order. Each has its public function, fake and docstring in python/moe_ops.
-// Options that are one of several names travel as the number of the enumerator in stages/params.h.
+// Options that are one of several names travel as the number of the enumerator in stages/params.h. allow_tf32 and
+// batch_invariant choose among CUDA's kernels; the CPU's are exact in float32 and batch-invariant whatever they say.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moe_ops, m) {
@@ -23,13 +24,13 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
 
   m.def(
       "grouped_gemm(Tensor a, Tensor weight, Tensor offsets, Tensor? bias, Tensor? row_slot, Tensor? slot_row,"
-      " Tensor? panels) -> Tensor");
+      " Tensor? panels, bool allow_tf32, bool batch_invariant) -> Tensor");
   m.def(
-      "grouped_gemm_weight_grad(Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width, ScalarType dtype)"
-      " -> Tensor");
+      "grouped_gemm_weight_grad(Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width, ScalarType dtype,"
+      " bool allow_tf32) -> Tensor");
   m.def(
-      "grouped_gemm_weight_grad_(Tensor(a!) out, Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width) "
-      "-> ()");
+      "grouped_gemm_weight_grad_(Tensor(a!) out, Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width,"
+      " bool allow_tf32) -> ()");
   m.def("grouped_gemm_bias_grad(Tensor grad, Tensor offsets, ScalarType dtype) -> Tensor");
 
   m.def("combine(Tensor rows, Tensor? weights, Tensor row_slot, Tensor slot_row) -> Tensor");
@@ -40,13 +41,13 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
   m.def(
       "moe_mlp(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor offsets,"
       " Tensor row_slot, Tensor slot_row, int activation, bool gated, bool interleaved, float alpha, float limit,"
-      " float up_offset, bool weight_on_input, bool keep_pre, Tensor? panels_in, Tensor? panels_out)"
-      " -> (Tensor y, Tensor pre)");
+      " float up_offset, bool weight_on_input, bool allow_tf32, bool batch_invariant, bool keep_pre, Tensor? panels_in,"
+      " Tensor? panels_out) -> (Tensor y, Tensor pre)");
   m.def(
       "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor pre, Tensor weights, Tensor w_in, Tensor w_out, Tensor? b_out,"
       " Tensor offsets, Tensor row_slot, Tensor slot_row, int activation, bool gated, bool interleaved, float alpha,"
-      " float limit, float up_offset, bool weight_on_input, ScalarType? b_in_dtype, bool need_x, bool need_weights,"
-      " bool need_w_in, bool need_w_out, bool need_b_out)"
+      " float limit, float up_offset, bool weight_on_input, bool allow_tf32, bool batch_invariant, ScalarType? "
+      "b_in_dtype, bool need_x, bool need_weights, bool need_w_in, bool need_w_out, bool need_b_out)"
       " -> (Tensor grad_x, Tensor grad_weights, Tensor grad_w_in, Tensor grad_w_out, Tensor grad_b_in, Tensor "
       "grad_b_out)");
 }

@@ -11,7 +11,7 @@ struct Layer {
   Tensor x, weights, w_in, w_out, offsets, row_slot, slot_row;  // as the stages want them
   int64_t tokens, hidden, num_experts, rows, inner, pre_cols, width;
   Activation activation;
-  bool weight_on_input;
+  bool weight_on_input, allow_tf32, batch_invariant;
 
   Vector score() const { return {.data = weights.data_ptr(), .dtype = dtype_of(weights)}; }
   Vector on_input() const { return weight_on_input ? score() : Vector{}; }
@@ -20,8 +20,8 @@ struct Layer {
 
 Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Tensor& w_out, const Tensor& offsets,
             const Tensor& row_slot, const Tensor& slot_row, int64_t act, bool gated, bool interleaved, double alpha,
-            double limit, double up_offset, bool weight_on_input, const OptionalTensor& panels_in = {},
-            const OptionalTensor& panels_out = {}) {
+            double limit, double up_offset, bool weight_on_input, bool allow_tf32, bool batch_invariant,
+            const OptionalTensor& panels_in = {}, const OptionalTensor& panels_out = {}) {
   expect_shape("moe_mlp: x", x, {-1, -1});
   expect_weights("moe_mlp: w_in", w_in, x, -1, x.size(1));
   const int64_t num_experts = w_in.size(0), inner = gated ? w_in.size(1) / 2 : w_in.size(1);
@@ -51,7 +51,9 @@ Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Te
           .pre_cols = w_in.size(1),
           .width = slot_row.size(1),
           .activation = {Act(act), gated, interleaved, alpha, limit, up_offset},
-          .weight_on_input = weight_on_input};
+          .weight_on_input = weight_on_input,
+          .allow_tf32 = allow_tf32,
+          .batch_invariant = batch_invariant};
 }
 
 // y[t] = sum over the rows of token t, times their weights where given.
@@ -73,10 +75,10 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
                                       const OptionalTensor& b_in, const OptionalTensor& b_out, const Tensor& offsets,
                                       const Tensor& row_slot, const Tensor& slot_row, int64_t activation, bool gated,
                                       bool interleaved, double alpha, double limit, double up_offset,
-                                      bool weight_on_input, bool keep_pre, const OptionalTensor& panels_in,
-                                      const OptionalTensor& panels_out) {
+                                      bool weight_on_input, bool allow_tf32, bool batch_invariant, bool keep_pre,
+                                      const OptionalTensor& panels_in, const OptionalTensor& panels_out) {
   const Layer m = layer(x, weights, w_in, w_out, offsets, row_slot, slot_row, activation, gated, interleaved, alpha,
-                        limit, up_offset, weight_on_input, panels_in, panels_out);
+                        limit, up_offset, weight_on_input, allow_tf32, batch_invariant, panels_in, panels_out);
   const auto bias_in = as_contiguous(b_in), bias_out = as_contiguous(b_out);
   if (b_in) expect_shape("moe_mlp: b_in", *b_in, {m.num_experts, m.pre_cols});
   if (b_out) expect_shape("moe_mlp: b_out", *b_out, {m.num_experts, m.hidden});
@@ -92,6 +94,8 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
                 .n = m.pre_cols,
                 .k = m.hidden,
                 .bias = vector(bias_in),
+                .allow_tf32 = m.allow_tf32,
+                .batch_invariant = m.batch_invariant,
                 .epilogue = Epilogue::activate,
                 .activation = m.activation,
                 .out = matrix(inner),
@@ -107,6 +111,8 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
                 .n = m.hidden,
                 .k = m.inner,
                 .bias = vector(bias_out),
+                .allow_tf32 = m.allow_tf32,
+                .batch_invariant = m.batch_invariant,
                 .out = matrix(rows)},
                device);
   return {combine_rows(m, rows, m.on_output()), pre};
@@ -124,7 +130,8 @@ Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows&
                             .n = n,
                             .k = k,
                             .out = out.data_ptr(),
-                            .out_dtype = dtype_of(out)},
+                            .out_dtype = dtype_of(out),
+                            .allow_tf32 = m.allow_tf32},
                            Device(m.x));
   return out;
 }
@@ -146,10 +153,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
     const Tensor& grad_y, const Tensor& x, const Tensor& pre, const Tensor& weights, const Tensor& w_in,
     const Tensor& w_out, const OptionalTensor& b_out, const Tensor& offsets, const Tensor& row_slot,
     const Tensor& slot_row, int64_t activation, bool gated, bool interleaved, double alpha, double limit,
-    double up_offset, bool weight_on_input, std::optional<ScalarType> b_in_dtype, bool need_x, bool need_weights,
-    bool need_w_in, bool need_w_out, bool need_b_out) {
+    double up_offset, bool weight_on_input, bool allow_tf32, bool batch_invariant, std::optional<ScalarType> b_in_dtype,
+    bool need_x, bool need_weights, bool need_w_in, bool need_w_out, bool need_b_out) {
   const Layer m = layer(x, weights, w_in, w_out, offsets, row_slot, slot_row, activation, gated, interleaved, alpha,
-                        limit, up_offset, weight_on_input);
+                        limit, up_offset, weight_on_input, allow_tf32, batch_invariant);
   expect_shape("moe_mlp_backward: grad_y", grad_y, {m.tokens, m.hidden});
   expect_type("moe_mlp_backward: grad_y", grad_y, x.scalar_type());
   expect_type("moe_mlp_backward: pre", pre, x.scalar_type());
@@ -174,6 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
                   .num_rows = m.rows,
                   .n = m.inner,
                   .k = m.hidden,
+                  .allow_tf32 = m.allow_tf32,
+                  .batch_invariant = m.batch_invariant,
                   .epilogue = Epilogue::activate_backward,
                   .activation = m.activation,
                   .out = matrix(inner),
@@ -207,6 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
                   .num_rows = m.rows,
                   .n = m.hidden,
                   .k = m.pre_cols,
+                  .allow_tf32 = m.allow_tf32,
+                  .batch_invariant = m.batch_invariant,
                   .out = matrix(grad_rows)},
                  device);
     if (need_x) grad_x = combine_rows(m, grad_rows, m.on_input());

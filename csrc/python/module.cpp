@@ -1,11 +1,12 @@
-// What is no tensor operator: the processor's instruction sets and the one in use, how the libraries were compiled, and
-// the machine's measured roofs.
+// What is no tensor operator: the processor's instruction sets and the one in use, how the libraries were compiled, the
+// machine's measured roofs, and how a GEMM on CUDA is cut.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
 #include "cpu/roof.h"
 #include "cuda/architectures.h"
+#include "cuda/launch/gemm_config.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,26 @@ py::dict build_facts() {
   return facts;
 }
 
+moe::Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return moe::Dtype::float32;
+  if (name == "bfloat16") return moe::Dtype::bfloat16;
+  if (name == "float16") return moe::Dtype::float16;
+  throw py::value_error("gemm_tiles: dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int64_t experts, int64_t n, bool direct,
+                    bool allow_tf32) {
+  const moe::GemmConfig config = moe::pick_config(processors, {.dtype = dtype_named(dtype),
+                                                               .rows = rows,
+                                                               .experts = experts,
+                                                               .n = n,
+                                                               .direct = direct,
+                                                               .allow_tf32 = allow_tf32});
+  using namespace py::literals;
+  return py::dict("rows"_a = config.rows, "cols"_a = config.cols, "depth"_a = config.depth, "stages"_a = config.stages,
+                  "threads"_a = config.threads(), "blocks"_a = config.blocks, "tensor_cores"_a = config.tensor_cores);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,5 +76,9 @@ PYBIND11_MODULE(_C, m) {
       "buffers of `bytes`");
   m.def("has_cuda_kernels", &moe::has_kernels, py::arg("architectures"), py::arg("arch"),
         "Whether a card of compute capability `arch` (80, 90) is served by architectures such as 'sm_80 compute_80'");
+  m.def("gemm_tiles", &gemm_tiles, py::arg("processors"), py::arg("dtype"), py::arg("rows"), py::arg("experts"),
+        py::arg("n"), py::kw_only(), py::arg("direct") = true, py::arg("allow_tf32") = false,
+        "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
+        "copied as they lie");
   m.def("build_facts", &build_facts, "How the libraries were compiled: name and value, in the order of a report");
 }

@@ -176,8 +176,9 @@ struct GroupedGemmParams {
   ExpertWeights weight;    // [E, N, K]
   const int32_t* offsets;  // [E + 1]
   int64_t num_experts, num_rows, n, k;
-  Vector bias;              // [E, N]
-  bool allow_tf32 = false;  // float32 products may be rounded to TF32 where that is faster
+  Vector bias;                   // [E, N]
+  bool allow_tf32 = false;       // float32 operands may be rounded to TF32 where that is faster
+  bool batch_invariant = false;  // a row's bits must not depend on the number of rows
 
   Epilogue epilogue = Epilogue::store;
   Activation activation;
@@ -201,7 +202,7 @@ struct WeightGradParams {
   void* out;  // [E, N, K] contiguous
   Dtype out_dtype;
   bool accumulate = false;  // out += instead of out =
-  bool allow_tf32 = false;
+  bool allow_tf32 = false;  // as above
 };
 
 // out[e] = sum of grad[rows of e]: [E, N], summed in row order.

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from moe_ops import losses, nn, reference
 from moe_ops.functional import dispatch, moe_mlp
+from moe_ops.numerics import is_batch_invariant, set_batch_invariant
 from moe_ops.ops import combine, grouped_gemm, permute, plan, route
 from moe_ops.packing import prepack
 from moe_ops.types import PackedWeight, Plan, RouteResult
@@ -36,6 +37,7 @@ __all__ = [
     "combine",
     "dispatch",
     "grouped_gemm",
+    "is_batch_invariant",
     "losses",
     "moe_mlp",
     "nn",
@@ -44,4 +46,5 @@ __all__ = [
     "prepack",
     "reference",
     "route",
+    "set_batch_invariant",
 ]

@@ -154,31 +154,34 @@ def _permute_backward(ctx: Any, grad: Tensor) -> Gradients:
 
 
 def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:
-    a, weight, offsets, bias, row_slot, slot_row, panels = inputs
+    a, weight, offsets, bias, row_slot, slot_row, panels, *numerics = inputs
     _refuse_packed("grouped_gemm", panels)
     need_a, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if need_weight else None, weight if need_a else None, offsets, row_slot, slot_row)
-    ctx.weight_dtype = weight.dtype
+    ctx.weight_dtype, ctx.numerics = weight.dtype, numerics
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.main_grad = getattr(weight, "main_grad", None) if need_weight else None
 
 
 def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> Gradients:
     a, weight, offsets, row_slot, slot_row = ctx.saved_tensors
+    allow_tf32, batch_invariant = ctx.numerics
     grad_a = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_a = call(ops.grouped_gemm, grad, weight.transpose(1, 2), offsets, None, None, None, None)
+        transposed = weight.transpose(1, 2)
+        grad_a = call(ops.grouped_gemm, grad, transposed, offsets, None, None, None, None, allow_tf32, batch_invariant)
         if row_slot is not None:
             grad_a = call(ops.combine, grad_a, None, row_slot, slot_row)
     if ctx.needs_input_grad[1]:
         width = 1 if slot_row is None else slot_row.shape[1]
         if ctx.main_grad is None:
-            grad_weight = call(ops.grouped_gemm_weight_grad, grad, a, offsets, row_slot, width, ctx.weight_dtype)
+            dtype = ctx.weight_dtype
+            grad_weight = call(ops.grouped_gemm_weight_grad, grad, a, offsets, row_slot, width, dtype, allow_tf32)
         else:
-            call(ops.grouped_gemm_weight_grad_, ctx.main_grad, grad, a, offsets, row_slot, width)
+            call(ops.grouped_gemm_weight_grad_, ctx.main_grad, grad, a, offsets, row_slot, width, allow_tf32)
     if ctx.needs_input_grad[3]:
         grad_bias = call(ops.grouped_gemm_bias_grad, grad, offsets, ctx.bias_dtype)
-    return grad_a, grad_weight, None, grad_bias, None, None, None
+    return grad_a, grad_weight, None, grad_bias, None, None, None, None, None
 
 
 def _keep_combine(ctx: Any, inputs: Any, output: Any) -> None:
@@ -210,7 +213,7 @@ def _keep_moe_mlp(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _moe_mlp_backward(ctx: Any, grad_y: Tensor | None, _pre: None) -> Gradients:
-    nothing = (None,) * 13
+    nothing = (None,) * 15
     if grad_y is None:
         return (None,) * 6 + nothing
     if not ctx.keep_pre:

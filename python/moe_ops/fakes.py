@@ -107,6 +107,8 @@ def grouped_gemm(
     row_slot: Tensor | None,
     slot_row: Tensor | None,
     panels: Tensor | None,
+    allow_tf32: bool,
+    batch_invariant: bool,
 ) -> Tensor:
     checks.grouped_gemm(a, weight, offsets, bias, row_slot, slot_row)
     packing.check("grouped_gemm", "w", weight, panels, "a", a)
@@ -115,13 +117,19 @@ def grouped_gemm(
 
 
 def grouped_gemm_weight_grad(
-    grad: Tensor, a: Tensor, offsets: Tensor, row_slot: Tensor | None, width: int, dtype: torch.dtype
+    grad: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    row_slot: Tensor | None,
+    width: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
 ) -> Tensor:
     return _empty(grad, (offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype)
 
 
 def grouped_gemm_weight_grad_(
-    out: Tensor, grad: Tensor, a: Tensor, offsets: Tensor, row_slot: Tensor | None, width: int
+    out: Tensor, grad: Tensor, a: Tensor, offsets: Tensor, row_slot: Tensor | None, width: int, allow_tf32: bool
 ) -> None:
     return None
 
@@ -167,6 +175,8 @@ def moe_mlp(
     limit: float,
     up_offset: float,
     weight_on_input: bool,
+    allow_tf32: bool,
+    batch_invariant: bool,
     keep_pre: bool,
     panels_in: Tensor | None,
     panels_out: Tensor | None,
@@ -196,6 +206,8 @@ def moe_mlp_backward(
     limit: float,
     up_offset: float,
     weight_on_input: bool,
+    allow_tf32: bool,
+    batch_invariant: bool,
     b_in_dtype: torch.dtype | None,
     need_x: bool,
     need_weights: bool,

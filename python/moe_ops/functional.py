@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, checks, packing
+from moe_ops import autocast, checks, numerics, packing
 from moe_ops.autograd import call
 from moe_ops.packing import operand
 from moe_ops.types import PackedWeight, Plan
@@ -72,7 +72,8 @@ def moe_mlp(
 
     No permuted copy of x is stored. For backward x and the pre-activation [R, 2I] ([R, I] when plain) are kept, beside
     the arguments and the plan; the pre-activation is written only when a gradient will be needed. Sums in float32
-    (float64 for float64); inner is rounded once to the dtype of x. Under autocast x goes to the autocast dtype.
+    (float64 for float64), on CUDA in TF32 where torch's switch allows it; inner is rounded once to the dtype of x.
+    Under autocast x goes to the autocast dtype.
 
     Args:
         x: [T, H], any float dtype.
@@ -135,6 +136,7 @@ def moe_mlp(
     y: Tensor
     y, _ = call(
         torch.ops.moe_ops.moe_mlp, x, weights, weight_in, weight_out, b_in, b_out, offsets, row_slot, slot_row, act,
-        gated, interleaved, alpha, bound, up_offset, weight_on_input, keep_pre, panels_in, panels_out,
+        gated, interleaved, alpha, bound, up_offset, weight_on_input, numerics.allow_tf32(x),
+        numerics.is_batch_invariant(), keep_pre, panels_in, panels_out,
     )  # fmt: skip
     return y

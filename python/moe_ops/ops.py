@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, autograd, checks, cuda, fakes, library, packing
+from moe_ops import autocast, autograd, checks, cuda, fakes, library, numerics, packing
 from moe_ops.autograd import call
 from moe_ops.packing import operand
 from moe_ops.types import PackedWeight, Plan, RouteResult
@@ -208,7 +208,9 @@ def grouped_gemm(
     """Multiplies each expert's rows by its matrix: out[r] = a[r] @ w[e].T + bias[e]; zeros from offsets[E] on.
 
     Sums in float32 (float64 for float64). Float32 weights under bfloat16 or float16 rows are rounded to the rows'
-    dtype, and their gradient is float32. Under autocast a goes to the autocast dtype.
+    dtype, and their gradient is float32. Under autocast a goes to the autocast dtype. On CUDA float32 operands are
+    rounded to TF32 where torch's switch allows it (torch.backends.cuda.matmul.fp32_precision or allow_tf32) and that is
+    faster: not for 64 rows in all or fewer, nor where a row does not begin at a multiple of 16 bytes.
 
     Where w has an attribute `main_grad` (Megatron-LM's gradient buffer: float32, contiguous, of w's shape and device),
     backward adds the gradient of w to it and leaves w.grad alone. A traced program (torch.compile, torch.export) does
@@ -245,7 +247,10 @@ def grouped_gemm(
     if main_grad is not None:
         checks.main_grad("grouped_gemm", main_grad, weight)
         weight.main_grad = main_grad  # a copy in the autocast dtype has lost it
-    out: Tensor = call(torch.ops.moe_ops.grouped_gemm, a, weight, offsets, bias, row_slot, slot_row, panels)
+    out: Tensor = call(
+        torch.ops.moe_ops.grouped_gemm, a, weight, offsets, bias, row_slot, slot_row, panels, numerics.allow_tf32(a),
+        numerics.is_batch_invariant(),
+    )  # fmt: skip
     return out
 
 

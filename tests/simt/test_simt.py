@@ -45,12 +45,6 @@ def test_instructions(seed, compiled):
     assert len(re.findall(": right", text)) == 9
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_tiles(seed, compiled):
-    status, text = run(compiled("tiles"), seed=seed)
-    assert status == 0 and len(re.findall(": right", text)) == 3, text
-
-
 # What the emulator says of each fault; "wrong" is what a comparison of results says.
 FAULTS = {
     "missing_barrier": "wrong: out",

@@ -9,12 +9,12 @@ namespace moe {
 
 inline constexpr int kGradStages = 4;
 
-template <class T>
+template <class T, bool tensor_cores>
 union WeightGradShared {
   struct {
     RowTile<T> grad, a;
   } stages[kGradStages];
-  typename OuterProducts<T>::Staging staging;
+  typename OuterProducts<T, tensor_cores>::Staging staging;
 };
 
 struct WeightGradLaunch {
@@ -54,23 +54,25 @@ __device__ __forceinline__ void store_gradient(const WeightGradLaunch& at, int64
     if (i < left) to[i] = out[i];
 }
 
-template <class T>
-__global__ void __launch_bounds__(kGradThreads<T>, sizeof(T) == 2 ? 2 : 1)
+template <class T, bool tensor_cores>
+__global__ void __launch_bounds__(OuterProducts<T, tensor_cores>::kThreads, OuterProducts<T, tensor_cores>::kBlocks)
     grouped_gemm_weight_grad(const __grid_constant__ WeightGradLaunch at) {
-  auto& shared = arch::shared<WeightGradShared<T>>();
+  using Products = OuterProducts<T, tensor_cores>;
+  using Loader = RowLoader<T, Products::kThreads>;
+  auto& shared = arch::shared<WeightGradShared<T, tensor_cores>>();
   const WeightGradParams& p = at.p;
   const GradTile tile = grad_tile(at, blockIdx.x);
   const RowRange rows = rows_of_expert(p.offsets, tile.expert, p.num_rows);
   const int64_t steps = ceil_div(rows.end - rows.begin, kGradDepth<T>);
   if (steps == 0 && p.accumulate) return;
 
-  RowLoader<T> grad(p.grad, rows, tile.n, p.n, at.aligned_grad), a(p.a, rows, tile.k, p.k, at.aligned_a);
+  Loader grad(p.grad, rows, tile.n, p.n, at.aligned_grad), a(p.a, rows, tile.k, p.k, at.aligned_a);
   const auto load = [&](int64_t step) {
     auto& stage = shared.stages[step % kGradStages];
     if (step < steps) grad.load(stage.grad), a.load(stage.a);
     arch::copy_async_commit();
   };
-  OuterProducts<T> products;
+  Products products;
 
   for (int step = 0; step < kGradStages - 1; ++step) load(step);
   for (int64_t step = 0; step < steps; ++step) {

@@ -1,5 +1,5 @@
 // What a block has summed up of a tile of grad^T . a [kGradTile, kGradTile], rows of grad and a added step by step: on
-// tensor cores for two-byte values, in float32 otherwise.
+// tensor cores, floats rounded to TF32, or in float32.
 #pragma once
 
 #include <type_traits>
@@ -9,10 +9,29 @@
 
 namespace moe {
 
+// 16 columns of a tile by the rows from r on that one mma takes, 8 or 16: a fragment of the first operand, or two of
+// the second, in which the upper rows of a fragment come before its other columns.
+template <class T>
+__device__ __forceinline__ void load_columns(uint32_t (&out)[4], RowTile<T>& tile, int r, int col, bool second) {
+  const int lane = arch::lane_id();
+  if constexpr (sizeof(T) == 2) {
+    const int row = lane % 8 + (second ? lane / 8 % 2 : lane / 16) * 8, chunk = second ? lane / 16 : lane / 8 % 2;
+    arch::load_matrix_x4_transposed(out, tile.chunk(r + row, col / 8 + chunk));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane % 4 + (second ? i % 2 : i / 2) * 4, n = lane / 4 + (second ? i / 2 : i % 2) * 8;
+      out[i] = arch::to_tf32(tile.values[r + row][col + n]);
+    }
+  }
+}
+
 // Four warps, each a quarter of the tile: 64 x 64.
 template <class T>
 class TensorCoreProducts {
  public:
+  static constexpr int kThreads = 128, kBlocks = 2;
+
   // What the warps write down, half a quarter at a time, to store it in whole lines; padded so that the fragments'
   // rows meet every bank once.
   struct Staging {
@@ -20,21 +39,21 @@ class TensorCoreProducts {
   };
 
   __device__ __forceinline__ void add(RowTile<T>& grad, RowTile<T>& a) {
-    const int lane = arch::lane_id(), row = lane % 8, upper = lane / 16, odd = lane / 8 % 2;
 #pragma unroll
-    for (int r = 0; r < kGradDepth<T>; r += 16) {
-      uint32_t left[4][4], right[4][4];  // [16 of n, 16 rows] and twice [8 of k, 16 rows]
+    for (int r = 0; r < kGradDepth<T>; r += 32 / int(sizeof(T))) {
+      uint32_t left[4][4], right[4][4];  // [16 of n, rows] and twice [8 of k, rows]
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        arch::load_matrix_x4_transposed(left[i], grad.chunk(r + row + 8 * upper, 8 * warp_n() + 2 * i + odd));
+      for (int i = 0; i < 4; ++i) load_columns(left[i], grad, r, 64 * warp_n() + 16 * i, false);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        arch::load_matrix_x4_transposed(right[j], a.chunk(r + row + 8 * odd, 8 * warp_k() + 2 * j + upper));
+      for (int j = 0; j < 4; ++j) load_columns(right[j], a, r, 64 * warp_k() + 16 * j, true);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          arch::mma_16x8x16<T>(sums_[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]});
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t pair[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
+          if constexpr (sizeof(T) == 2) arch::mma_16x8x16<T>(sums_[i][j], left[i], pair);
+          else arch::mma_16x8x8_tf32(sums_[i][j], left[i], pair);
+        }
     }
   }
 
@@ -74,6 +93,7 @@ class TensorCoreProducts {
 // bits: every kStepsOfPart steps are summed apart.
 class FloatProducts {
  public:
+  static constexpr int kThreads = 256, kBlocks = 1;
   struct Staging {};
 
   __device__ __forceinline__ void add(RowTile<float>& grad, RowTile<float>& a) {
@@ -123,7 +143,7 @@ class FloatProducts {
   float part_[8][8] = {}, sums_[8][8] = {};
 };
 
-template <class T>
-using OuterProducts = std::conditional_t<sizeof(T) == 2, TensorCoreProducts<T>, FloatProducts>;
+template <class T, bool tensor_cores>
+using OuterProducts = std::conditional_t<tensor_cores, TensorCoreProducts<T>, FloatProducts>;
 
 }  // namespace moe

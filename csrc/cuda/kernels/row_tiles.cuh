@@ -10,22 +10,21 @@ namespace moe {
 inline constexpr int kGradTile = 128;  // columns of either operand that a block multiplies
 
 template <class T>
-inline constexpr int kGradThreads = sizeof(T) == 2 ? 128 : 256;
-template <class T>
 inline constexpr int kGradDepth = sizeof(T) == 2 ? 32 : 16;  // rows of one step
 
 // Rows [kGradDepth, kGradTile] in chunks of 16 bytes. Two-byte values are read eight rows at a time, the same chunk of
-// each, so there chunks change places from row to row: every bank is met once.
+// each, so there chunks change places from row to row; floats, for TF32, eight values of four rows, so there rows are
+// padded. Every bank is met once.
 template <class T>
 struct RowTile {
-  static constexpr int kVector = 16 / sizeof(T), kChunks = kGradTile / kVector;
-  T values[kGradDepth<T>][kGradTile];
+  static constexpr int kVector = 16 / sizeof(T), kChunks = kGradTile / kVector, kPadding = sizeof(T) == 2 ? 0 : 8;
+  T values[kGradDepth<T>][kGradTile + kPadding];
 
   __device__ T* chunk(int row, int chunk) { return values[row] + (sizeof(T) == 2 ? chunk ^ row % 8 : chunk) * kVector; }
 };
 
-// One operand: a thread copies one chunk of every kRowStep-th row of a step.
-template <class T>
+// One operand: a thread of a block copies one chunk of every kRowStep-th row of a step.
+template <class T, int threads>
 class RowLoader {
  public:
   __device__ RowLoader(const GatheredRows& from, RowRange rows, int64_t col_begin, int64_t cols, bool aligned)
@@ -72,7 +71,7 @@ class RowLoader {
 
  private:
   static constexpr int kVector = RowTile<T>::kVector, kChunks = RowTile<T>::kChunks;
-  static constexpr int kRowStep = kGradThreads<T> / kChunks, kCopies = kGradDepth<T> / kRowStep;
+  static constexpr int kRowStep = threads / kChunks, kCopies = kGradDepth<T> / kRowStep;
 
   __device__ static T* chunk_of(RowTile<T>& tile, int i) {
     return tile.chunk(int(threadIdx.x) / kChunks + i * kRowStep, int(threadIdx.x) % kChunks);

@@ -7,7 +7,7 @@
 namespace moe {
 
 // [rows, cols] in chunks of 16 bytes. The chunks of a row are permuted so that 8 rows of one column of chunks, which
-// one ldmatrix reads, lie in 32 different banks.
+// one ldmatrix reads, lie in 32 different banks; where load_b_transposed reads value by value, 4 rows of two.
 template <class T, int rows, int cols>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(T);     // elements
@@ -17,7 +17,7 @@ struct SharedTile {
   alignas(128) T values[rows * cols];
 
   __device__ __forceinline__ T* at(int row, int chunk) {
-    const int turn = kRowChunks < 8 ? row * kRowChunks / 8 % kTurns : row % kTurns;
+    const int turn = kRowChunks < 8 ? row * kRowChunks / 8 % kTurns : sizeof(T) == 4 ? row % 4 * 2 : row % kTurns;
     return values + (row * kRowChunks + (chunk ^ turn)) * kChunk;
   }
 };

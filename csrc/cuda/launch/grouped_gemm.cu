@@ -18,6 +18,7 @@ template <class T, class Config, bool k_major, bool direct>
 void start(const GroupedGemmParams& p, const TileGrid& grid, float* parts, const Device& device) {
   constexpr GemmConfig config = Config::value;
   using Shared = GemmShared<RowTiles<T, Config, direct>, WeightTiles<T, Config, k_major, direct>, Config>;
+  static_assert(sizeof(Shared) <= kSharedBytesOfEveryCard);
   const int blocks = std::min(grid.most_tiles(), device.processors() * config.blocks);
   launch({.grid = unsigned(blocks),
           .block = unsigned(config.threads()),
@@ -29,13 +30,12 @@ void start(const GroupedGemmParams& p, const TileGrid& grid, float* parts, const
 template <class T>
 void multiply(const GroupedGemmParams& p, const Device& device) {
   const bool direct = rows_are_aligned(p.a) && weights_are_aligned(p) && !p.a.scale && p.weight.dtype == p.a.rows.dtype;
-  const GemmConfig config = pick_config(device.arch(), {.dtype = p.a.rows.dtype,
-                                                        .rows = p.num_rows,
-                                                        .experts = p.num_experts,
-                                                        .n = p.n,
-                                                        .k = p.k,
-                                                        .direct = direct,
-                                                        .allow_tf32 = p.allow_tf32});
+  const GemmConfig config = pick_config(device.processors(), {.dtype = p.a.rows.dtype,
+                                                              .rows = p.num_rows,
+                                                              .experts = p.num_experts,
+                                                              .n = p.n,
+                                                              .direct = direct,
+                                                              .allow_tf32 = p.allow_tf32});
   const TileGrid grid = tile_grid(p, config.rows, config.cols);
   const int col_tiles = p.n > 0 ? grid.col_tiles() : 0;
   float* parts = nullptr;  // of the score gradient: [num_rows, col_tiles]
@@ -78,7 +78,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Device& device) {
   if (p.weight.prepacked) throw std::invalid_argument("grouped_gemm: a PackedWeight is for the CPU");
   if (p.num_rows == 0) {
     if (p.grad_score) sum_score_gradients(p, nullptr, 0, device);
-  } else if (p.num_rows <= kFewRowsOfProblem) {
+  } else if (p.num_rows <= kFewRowsOfProblem && !p.batch_invariant) {
     grouped_gemm_few_rows(p, device);
   } else {
     std::visit([&](auto type) { multiply<typename decltype(type)::type>(p, device); },

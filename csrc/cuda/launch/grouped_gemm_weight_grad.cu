@@ -1,10 +1,26 @@
 // Starts the weight gradient: a block per expert and tile.
 #include "cuda/kernels/grouped_gemm_weight_grad.cuh"
 #include "cuda/launch/access.h"
+#include "cuda/launch/gemm_config.h"
 #include "cuda/launch/variant.h"
 #include "device.h"
 
 namespace moe {
+
+namespace {
+
+template <class T, bool tensor_cores>
+void start(const WeightGradLaunch& at, const Device& device) {
+  using Shared = WeightGradShared<T, tensor_cores>;
+  static_assert(sizeof(Shared) <= kSharedBytesOfEveryCard);
+  launch({.grid = unsigned(at.p.num_experts * at.n_tiles * at.k_tiles),
+          .block = unsigned(OuterProducts<T, tensor_cores>::kThreads),
+          .shared_bytes = sizeof(Shared),
+          .stream = device.stream()},
+         grouped_gemm_weight_grad<T, tensor_cores>, at);
+}
+
+}  // namespace
 
 void grouped_gemm_weight_grad(const WeightGradParams& p, const Device& device) {
   float_type(p.out_dtype, "grouped_gemm_weight_grad");
@@ -17,11 +33,9 @@ void grouped_gemm_weight_grad(const WeightGradParams& p, const Device& device) {
   std::visit(
       [&](auto type) {
         using T = typename decltype(type)::type;
-        launch({.grid = unsigned(p.num_experts * at.n_tiles * at.k_tiles),
-                .block = unsigned(kGradThreads<T>),
-                .shared_bytes = sizeof(WeightGradShared<T>),
-                .stream = device.stream()},
-               grouped_gemm_weight_grad<T>, at);
+        if constexpr (sizeof(T) == 4)
+          if (!p.allow_tf32) return start<T, false>(at, device);
+        start<T, true>(at, device);
       },
       float_type(p.a.rows.dtype, "grouped_gemm_weight_grad"));
 }
