@@ -128,3 +128,15 @@ def test_a_bench_on_cuda_says_what_is_missing(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse_args("permute", ["--device", "cuda", "--dtype", "float64"])
     assert "float64 is supported on the CPU only" in capsys.readouterr().err
+
+
+def test_predictions_take_the_tiles_that_are_launched(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import predict
+    from moe_ops import _C
+    from shapes import STANDING
+
+    cases = [(card, s) for card in predict.CARDS.values() for s in STANDING.values() if s.rows > predict.FEW_ROWS]
+    for card, s in cases:
+        tiles = _C.gemm_tiles(card.processors, "bfloat16", s.rows, s.experts, 2 * s.inner)
+        assert (tiles["rows"] == 128) == predict.prefers_large_tiles(card, s, 2 * s.inner), (card.title, str(s))
