@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import device
 import moe_ops
 import peers
 import roofline
@@ -80,13 +81,14 @@ def bench_grouped_gemm(report: Report, s: Shape, dtype: torch.dtype) -> None:
     exact = exact_results(loop, sets[0], grad, train=False)[0]
     work = roofline.grouped_gemm(s, size, n, k, active)
     table = [variant(name, gemm, exact, work) for name, gemm in gemms.items()]
-    packed = [moe_ops.prepack(w) for _, w in sets]
-    run = forward_pass(lambda i: moe_ops.grouped_gemm(sets[i][0], packed[i], offsets))
-    table.append(Variant(PREPACKED, run, lambda got: relative_error(got[0], exact), work))
+    if not device.on_cuda():
+        packed = [moe_ops.prepack(w) for _, w in sets]
+        run = forward_pass(lambda i: moe_ops.grouped_gemm(sets[i][0], packed[i], offsets))
+        table.append(Variant(PREPACKED, run, lambda got: relative_error(got[0], exact), work))
     table += [
         variant(f"{OURS}, threads: {threads}", on_threads(threads, ours), exact, work)
         for threads in (1, 2, 4, 8, 16, 32, 64)
-        if threads < torch.get_num_threads()
+        if threads < torch.get_num_threads() and not device.on_cuda()
     ]
     zipf_exact = peers.loop_gemm(sets[0][0].double(), sets[0][1], zipf_offsets.tolist())
     zipf_work = roofline.grouped_gemm(s, size, n, k, zipf_active)

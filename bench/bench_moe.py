@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import device
 import moe_ops
 import peers
 import roofline
@@ -68,6 +69,19 @@ def exact(x: Tensor, router: Tensor, w_in: Tensor, w_out: Tensor, s: Shape, expe
     return peers.loop_experts(x, weights / weights.sum(dim=-1, keepdim=True), experts, w_in, w_out, s)
 
 
+def add_rivals(
+    layers: dict[str, Callable[[int], Tensor]], missing: dict[str, str], sets: list[Results], s: Shape
+) -> None:
+    """Libraries of others, as far as they are installed."""
+    for name, make in peers.RIVALS.items():
+        try:
+            experts = make(s)
+        except Exception as reason:  # whatever another library's import may raise
+            missing[name] = f"{type(reason).__name__}: {reason}".splitlines()[0][:90]
+        else:
+            layers[name] = lambda i, experts=experts: peer(experts, *sets[i], s)
+
+
 def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
     bytes_per_set = s.experts * roofline.weights_of_expert(s) * dtype.itemsize
     sets = [operands(s, dtype) for _ in range(sets_to_stay_cold(bytes_per_set))]
@@ -90,8 +104,11 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         layers["transformers eager"] = lambda i: peer(blocks[i], *sets[i], s)
     except ImportError as reason:
         missing["transformers eager"] = str(reason)
-    packed = [(moe_ops.prepack(w_in), moe_ops.prepack(w_out)) for _, _, w_in, w_out in sets]
-    layers[PREPACKED] = lambda i: ours(*sets[i][:2], *packed[i], s)
+    if device.on_cuda():
+        add_rivals(layers, missing, sets, s)
+    else:
+        packed = [(moe_ops.prepack(w_in), moe_ops.prepack(w_out)) for _, _, w_in, w_out in sets]
+        layers[PREPACKED] = lambda i: ours(*sets[i][:2], *packed[i], s)
 
     y_and_gradients = exact_results(lambda *t: exact(*t, s, choices[0]), sets[0], grad_y, True)
     dense_y_and_gradients = exact_results(lambda *t: peers.dense(*t, s), dense_sets[0], grad_y, True)
@@ -103,7 +120,7 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         work = (roofline.moe_training if train else roofline.moe_forward)(s, dtype.itemsize, active)
         variants = []
         for name, layer in layers.items():
-            if train and name == PREPACKED:
+            if train and name in (PREPACKED, *peers.RIVALS):
                 continue  # has no gradient
             if train and name == "transformers eager" and s.experts > MOST_EXPERTS_INDEXED:
                 missing[name] = f"its backward takes minutes with more than {MOST_EXPERTS_INDEXED} experts"

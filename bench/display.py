@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import device
+
 if TYPE_CHECKING:
     from report import Row
     from timing import Timing
@@ -18,6 +20,8 @@ HEADINGS = ("variant", "median", "spread", "rate", "roof", "% of roof", "vs moe_
 
 
 def processor() -> str:
+    if device.on_cuda():
+        return device.name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

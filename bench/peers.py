@@ -118,6 +118,18 @@ def transformers_experts(shape: Shape, w_in: Tensor, w_out: Tensor) -> Callable[
     return lambda x, weights, experts, *_: block(x, experts, weights)
 
 
+def vllm_experts(shape: Shape) -> Callable[..., Tensor]:
+    """vLLM's Triton kernels, forward only."""
+    if shape.activation != "silu" or not shape.gated:
+        raise ImportError("used with SwiGLU only")
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    return lambda x, weights, experts, w_in, w_out, _: fused_experts(x, w_in, w_out, weights.float(), experts.int())
+
+
+RIVALS: dict[str, Callable[[Shape], Callable[..., Tensor]]] = {"vLLM fused_experts": vllm_experts}
+
+
 def dense(x: Tensor, w_in: Tensor, w_out: Tensor, shape: Shape) -> Tensor:
     """A feed-forward layer of the same FLOPs: w_in [K * (2I or I), H], w_out [H, K * I]."""
     return F.linear(activate(F.linear(x, w_in), shape), w_out)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import device
 import shapes
 from display import print_table, processor, progress, table_line
 from roofline import Roofs, Work
@@ -78,6 +79,7 @@ def parse_args(verb: str, argv: Sequence[str] | None = None) -> argparse.Namespa
     parser.add_argument(
         "--dtype", action="append", choices=("float32", "bfloat16", "float16", "float64"), help="may be repeated"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument(
         "--keep-memory", action="store_true", help="reuse freed memory, so that no page faults are timed (glibc)"
@@ -88,7 +90,10 @@ def parse_args(verb: str, argv: Sequence[str] | None = None) -> argparse.Namespa
     args = parser.parse_args(argv)
     if args.plot and find_spec("matplotlib") is None:
         parser.error("argument --plot: needs matplotlib: pip install matplotlib")
-    names = (shapes.QUICK if args.quick else shapes.DEFAULT)[verb]
+    if args.device == "cuda" and "float64" in (args.dtype or ()):
+        parser.error("argument --dtype: float64 is supported on the CPU only")
+    default = shapes.CUDA if args.device == "cuda" else shapes.DEFAULT
+    names = (shapes.QUICK if args.quick else default)[verb]
     args.shape = args.shape or [shapes.STANDING[name] for name in names]
     args.dtype = args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"])
     args.seconds = args.seconds or (3.0 if args.quick else 15.0)
@@ -113,6 +118,10 @@ class Report:
         self.results: list[tuple[Row, Work]] = []
         self.tables_left = len(args.shape) * len(args.dtype) * tables_per_case
         self.ends_at = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
+        self.timer: device.Timer = device.wall_time
+        if args.device == "cuda":
+            device.use_cuda()
+            self.timer = device.DeviceTime()
         kept = args.keep_memory and keep_freed_memory()
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -120,7 +129,8 @@ class Report:
         version = getattr(moe_ops, "__version__", "unknown")
         print(f"moe_ops {version}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
         note = ", freed memory is kept" if kept else ""
-        print(f"{processor()}, {torch.get_num_threads()} threads, {_C.instruction_set()}{note}")
+        host = f", {torch.get_num_threads()} threads, {_C.instruction_set()}{note}"
+        print(processor() + (", times of events" if device.on_cuda() else host))
         print(self.roofs.describe())
 
     def cases(self) -> Iterator[tuple[Shape, torch.dtype]]:
@@ -153,7 +163,9 @@ class Report:
             with progress(name) as advance:
                 launches = {variant.name: variant.run for variant in ready}
                 min_rounds = 1 if self.args.quick else 3
-                timings = interleave(launches, sets=sets, budget_s=budget, min_rounds=min_rounds, advance=advance)
+                timings = interleave(
+                    launches, sets=sets, budget_s=budget, min_rounds=min_rounds, advance=advance, timer=self.timer
+                )
         else:
             print("no time is left of --quick: these are the launches of the check; is the machine busy?")
         self.roofs = self.roofs.higher(Roofs.measure(last_level_cache(), seconds=0.05))
@@ -168,7 +180,8 @@ class Report:
             lines.append(table_line(row, timing, rate, ratio, errors[variant.name]))
         print_table(lines, bold=OURS)
         for variant_name, reason in notes.items():
-            print(f"{variant_name}: not run: {reason}")
+            print(f"{variant_name}: not run: {reason}", flush=True)
+        self._write_json()  # also of a run that is stopped
 
     def _check(
         self, name: str, shape: Shape, dtype: str, variants: Sequence[Variant]
@@ -179,11 +192,11 @@ class Report:
         refusals: dict[str, str] = {}
         allowed = TOLERANCE[dtype]
         for variant in variants:
-            begun = time.perf_counter()
+            results: list[Any] = []
             try:
-                result = variant.run(0)
-                timings[variant.name] = summarize([time.perf_counter() - begun])
-                error = variant.check(result)
+                seconds = self.timer(lambda run=variant.run, to=results: to.append(run(0)))  # type: ignore[misc]
+                timings[variant.name] = summarize([seconds])
+                error = variant.check(results.pop())
             except (RuntimeError, NotImplementedError) as refusal:
                 if variant.name == OURS:
                     raise
@@ -203,12 +216,17 @@ class Report:
         roof = self.roofs.seconds(work, row.dtype)
         return replace(row, roof=roof, fraction_of_roof=roof / row.median_s)
 
-    def finish(self) -> None:
-        """Writes the files, with all rows against the highest roofs that were measured during the run."""
+    def _write_json(self) -> list[Row]:
         rows = [self._against_roof(row, work) for row, work in self.results]
-        print(f"\nat the end, {self.roofs.describe()}")
         if self.args.json:
             self.args.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
+        return rows
+
+    def finish(self) -> None:
+        """Writes the files, with all rows against the highest roofs that were measured during the run."""
+        rows = self._write_json()
+        print(f"\nat the end, {self.roofs.describe()}")
+        if self.args.json:
             print(f"wrote {self.args.json}")
         if self.args.plot:
             from plot import draw

@@ -1,4 +1,5 @@
-"""What a stage must at least compute and move, and the time the machine's measured roofs allow for it.
+"""What a stage must at least compute and move, and the time the machine's measured roofs allow for it. As a program it
+prints what predict.py makes of that for a named card.
 
 Bytes are those of a perfect run: every operand is read once, every result written once, and nothing is kept in a cache
 from an earlier launch. A variant that moves more is not excused: its fraction of the roof is lower.
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import device
 from shapes import Shape
 
+TYPES = ("float32", "float64", "float16", "bfloat16")
 INDEX = 4  # bytes of an int32
 FLOAT = 4  # bytes of a route weight
 
@@ -34,7 +37,10 @@ class Roofs:
 
     @classmethod
     def measure(cls, cache_bytes: int, seconds: float = 0.2) -> Roofs:
-        """On torch's threads, with the instruction set that moe_ops uses."""
+        """On torch's threads, with the instruction set that moe_ops uses; on a GPU, by torch's own kernels."""
+        if device.on_cuda():
+            found = device.measure_roofs()
+            return cls({name: found[name] for name in TYPES}, found["read"], found["copy"])
         from moe_ops import _C
 
         found = _C.roofs(bytes=max(4 * cache_bytes, 128 << 20), seconds=seconds)
@@ -163,3 +169,9 @@ def dense(s: Shape, size: int, training: bool = False) -> Work:
         return forward
     kept = s.rows * pre_width(s)
     return forward + Work(2 * flops, (kept + 2 * tokens + weights) * size, (kept + tokens + weights) * size)
+
+
+if __name__ == "__main__":
+    from predict import main
+
+    main()

@@ -49,6 +49,13 @@ STANDING = {
         Shape("deepseek-v3-ep8", 4096, 7168, 2048, 32, 8),
         Shape("gpt-oss-20b", 4096, 2880, 2880, 32, 4),
         Shape("olmoe", 4096, 2048, 1024, 64, 8),
+        # Batches for a GPU: training (SonicMoE's 7B and 30B), prefill, decoding.
+        Shape("sonic-7b", 24576, 1536, 256, 128, 8),
+        Shape("sonic-30b", 32768, 4096, 1024, 64, 4),
+        Shape("qwen3-30b-train", 32768, 2048, 768, 128, 8),
+        Shape("mixtral-8x7b-prefill", 8192, 4096, 14336, 8, 2),
+        Shape("gpt-oss-20b-prefill", 8192, 2880, 2880, 32, 4),
+        Shape("mixtral-8x7b-decode", 16, 4096, 14336, 8, 2),
     )
 }
 
@@ -60,6 +67,25 @@ DEFAULT = {
     "combine": ("mixtral-8x7b", "qwen3-30b", "odd"),
     "grouped_gemm": ("mixtral-slice", "mixtral-decode", "qwen3-512", "qwen3-30b-decode", "deepseek-slice", "odd"),
     "moe": ("one-token", "mixtral-slice", "mixtral-decode", "qwen3-512", "deepseek-slice", "switch-base-8", "odd"),
+}
+CUDA = {
+    "route": ("qwen3-30b-train", "qwen3-next", "mixtral-8x7b-prefill"),
+    "plan": ("qwen3-30b-train", "qwen3-next"),
+    "permute": ("qwen3-30b-train", "mixtral-8x7b-prefill"),
+    "combine": ("qwen3-30b-train", "mixtral-8x7b-prefill"),
+    "grouped_gemm": ("sonic-7b", "deepseek-v3-ep8", "gpt-oss-20b-prefill", "mixtral-8x7b-decode"),
+    "moe": (
+        "qwen3-30b-train",
+        "sonic-30b",
+        "mixtral-8x7b-prefill",
+        "deepseek-v3-ep8",
+        "gpt-oss-20b-prefill",
+        "olmoe",
+        "qwen3-next",
+        "qwen3-30b-decode",
+        "mixtral-8x7b-decode",
+        "odd",
+    ),
 }
 QUICK = {
     "route": ("qwen3-30b",),

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import device
+from device import Timer
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -29,7 +32,9 @@ def summarize(samples: Sequence[float]) -> Timing:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first processor; 32 MiB where the system does not tell."""
+    """Bytes of the largest cache of the device; 32 MiB where the system does not tell that of the processor."""
+    if device.on_cuda():
+        return device.last_level_cache()
     largest = 0
     for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = entry.read_text().strip()
@@ -64,6 +69,7 @@ def interleave(
     min_rounds: int = 3,
     max_rounds: int = 300,
     advance: Callable[[int, int], None] = lambda done, rounds: None,
+    timer: Timer = device.wall_time,
 ) -> dict[str, Timing]:
     """Times launches[name](set), one launch of each per round in a shuffled order, for budget_s seconds.
 
@@ -74,10 +80,7 @@ def interleave(
 
     def timed(launch: Callable[[int], Any]) -> float:
         nonlocal next_set
-        start = time.perf_counter()
-        result = launch(next_set)
-        seconds = time.perf_counter() - start
-        del result
+        seconds = timer(lambda: launch(next_set))
         next_set = (next_set + 1) % sets
         return seconds
 

@@ -40,7 +40,7 @@ __device__ __forceinline__ P load_streamed(const T* from) {
   return out;
 }
 
-// To global memory, 16 bytes as one access: a plain store of a struct may be cut into its elements.
+// To global memory, 4, 8 or 16 bytes as one access: a plain store of a struct may be cut into its elements.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-st
 template <class P, class T>
 __device__ __forceinline__ void store_global(T* to, const P& pack) {
@@ -50,6 +50,15 @@ __device__ __forceinline__ void store_global(T* to, const P& pack) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
                  "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
+  } else if constexpr (sizeof(P) == 8) {
+    uint2 bits;
+    __builtin_memcpy(&bits, &pack, 8);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y)
+                 : "memory");
+  } else if constexpr (sizeof(P) == 4) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &pack, 4);
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(bits) : "memory");
   } else {
     *reinterpret_cast<P*>(to) = pack;
   }

@@ -47,7 +47,7 @@ class PairRows {
   MOE_INLINE void store(int64_t row, int64_t col, float2 value, int n) const {
     T* to = data_ + row * stride_ + col;
     const arch::Pack<T, 2> pair{from_float<T>(value.x), from_float<T>(value.y)};
-    if (aligned_ && n == 2) return arch::store(to, pair);
+    if (aligned_ && n == 2) return arch::store_global(to, pair);
     if (n > 0) to[0] = pair[0];
     if (n > 1) to[1] = pair[1];
   }
