@@ -19,8 +19,8 @@ _new_models: list[Report] = []  # the report on models built from now on, while 
 def enable(model: Any = None, *, router: bool = False) -> Report:
     """Registers "moe_ops" among transformers' experts implementations.
 
-    Afterwards `from_pretrained(..., experts_implementation="moe_ops")` and `model.set_experts_implementation("moe_ops")`
-    work for every model that allows a choice. Models on other implementations are not touched.
+    Afterwards `from_pretrained(..., experts_implementation="moe_ops")` and
+    `model.set_experts_implementation("moe_ops")` work for every model that allows a choice. Models on other implementations are not touched.
 
     Args:
         model: switches this model to "moe_ops" as well.
@@ -52,7 +52,9 @@ def enable(model: Any = None, *, router: bool = False) -> Report:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{op}: model must be a PreTrainedModel, got {checks.kind(model)}")
     if not model._can_set_experts_implementation() and not _has_plugin(model):
-        raise ValueError(f"{op}: {type(model).__name__} does not allow a choice of experts; replace(model) may serve it")
+        raise ValueError(
+            f"{op}: {type(model).__name__} does not allow a choice of experts; replace(model) may serve it"
+        )
     model.set_experts_implementation(NAME)
     if router:
         routers.replace_routers(model, report)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_ops import functional, ops
 from moe_ops.integrations.transformers import experts, gates
 
+
 def llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """The block: the shared expert, and the top_k of each token, whose weights multiply their input."""
     x = hidden_states.reshape(-1, self.hidden_dim)

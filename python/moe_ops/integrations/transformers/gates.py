@@ -32,7 +32,7 @@ CACHE = "_moe_ops_gate"  # the attribute that keeps what was measured
 Pairs = tuple[tuple[str, Any], ...]  # of keyword and value: a dict that stands for a constant cannot be traced
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def options(experts: torch.nn.Module, has_gate: bool) -> Pairs | None:
     """The keywords of moe_mlp that compute what this module's `_apply_gate` (or `act_fn`, without gate) does, or None.
 
@@ -50,7 +50,7 @@ def options(experts: torch.nn.Module, has_gate: bool) -> Pairs | None:
     return known[1]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def of_activation(module: torch.nn.Module, name: str) -> Pairs | None:
     """As options, of the module's activation under this name: without a gate."""
     known = vars(module).get(CACHE)
@@ -97,7 +97,7 @@ def _run(formula: Callable[[Tensor], Tensor], values: Tensor) -> Tensor | None:
 def _plain() -> Iterator[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]:
     for name, act in ACTIVATIONS.items():
         yield {"gated": False, "activation": name}, act
-    yield {"gated": False, "activation": "silu", "alpha": QUICK_GELU}, lambda z: z * torch.sigmoid(QUICK_GELU * z)
+    yield {"gated": False, "activation": "silu", "alpha": QUICK_GELU}, _silu(QUICK_GELU)
 
 
 def _gated(
@@ -107,7 +107,7 @@ def _gated(
         ({"activation": name}, act) for name, act in ACTIVATIONS.items()
     ]
     for alpha in {QUICK_GELU, *alphas}:
-        acts.append(({"activation": "silu", "alpha": alpha}, lambda z, alpha=alpha: z * torch.sigmoid(alpha * z)))
+        acts.append(({"activation": "silu", "alpha": alpha}, _silu(alpha)))
     bounds = [None, *(limit for limit in limits if 0 < limit < math.inf)]
     for (said, act), limit, offset in itertools.product(acts, bounds, (0.0, 1.0)):
 
@@ -119,6 +119,10 @@ def _gated(
             return act(gate) * (up + offset)
 
         yield {**said, "limit": limit, "up_offset": offset}, formula
+
+
+def _silu(alpha: float) -> Callable[[Tensor], Tensor]:
+    return lambda z: z * torch.sigmoid(alpha * z)
 
 
 def _same(expected: Tensor, got: Any) -> bool:

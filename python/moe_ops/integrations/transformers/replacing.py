@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from moe_ops import checks
 from moe_ops.integrations.transformers import forwards, require, stacked
 from moe_ops.integrations.transformers.report import Report
 
+Forward = Callable[..., Any]
 # Same parameters, another forward.
-FORWARDS = {
+FORWARDS: dict[str, tuple[Forward, str]] = {
     "Llama4TextMoe": (forwards.llama4, "moe_mlp, weights on the input, in the place of all experts on all tokens"),
     "LongcatFlashExperts": (forwards.longcat, "moe_mlp, zero experts as a factor of the token"),
     "JetMoeMoE": (forwards.jetmoe, "route and moe_mlp"),
     "Step3p7Experts": (forwards.step3p7, "moe_mlp, or two products where the gate is clamped after silu"),
 }
 # A new module: one tensor of all experts' weights.
-STACKED = {
+STACKED: dict[str, tuple[Callable[[Any], stacked.Stacked], str]] = {
     "DbrxExperts": (stacked.Dbrx, "moe_mlp on w1 and v1 in one tensor"),
     "SwitchTransformersExperts": (stacked.Switch, "moe_mlp on stacked weights"),
     "NllbMoeExperts": (stacked.Nllb, "moe_mlp on stacked weights, with the ids that transformers gives (0 and 1 only)"),
@@ -27,7 +29,7 @@ STACKED = {
 
 
 def replace(model: torch.nn.Module) -> Report:
-    """Swaps the experts of a model that is no plug-in for moe_ops: DBRX, Llama 4, Switch, LongCat, JetMoE, NLLB, Step-3.
+    """Swaps the experts of models that are no plug-in: DBRX, Llama 4, Switch, LongCat, JetMoE, NLLB, Step-3.
 
     Llama 4, LongCat, JetMoE and Step-3 keep their parameters and their names. The experts of DBRX, Switch and NLLB
     become new parameters w_in [E, 2I or I, H] and w_out, taken over one layer at a time: call it after loading and
@@ -48,7 +50,8 @@ def replace(model: torch.nn.Module) -> Report:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {checks.kind(model)}")
     report = Report()
-    for name, module in list(model.named_modules()):
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in modules:
         kind = type(module).__name__
         if isinstance(module, stacked.Stacked) or vars(module).get("_moe_ops_replaced"):
             report.left[name] = "was replaced before"
@@ -60,8 +63,8 @@ def replace(model: torch.nn.Module) -> Report:
                 report.left[name] = reason
             elif kind in FORWARDS:
                 forward, what = FORWARDS[kind]
-                module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
-                module._moe_ops_replaced = True  # type: ignore[assignment]
+                module.forward = types.MethodType(forward, module)
+                module._moe_ops_replaced = True
                 report.replaced[name] = what
             else:
                 swap, what = STACKED[kind]

@@ -38,7 +38,7 @@ class Said(NamedTuple):
     dtypes: tuple[tuple[Any, ...], ...]  # of tokens, of weight -> of logits, of weights
 
 
-def replace_routers(model: torch.nn.Module, report: Report) -> None:
+def replace_routers(model: Any, report: Report) -> None:
     """Lets route compute in the place of every router of the model that it can say."""
     for name, router in model.named_modules():
         if not any(part in type(router).__name__ for part in NAMES) or hasattr(router, "_moe_ops_said"):
@@ -50,8 +50,8 @@ def replace_routers(model: torch.nn.Module, report: Report) -> None:
         if isinstance(said, str):
             report.left[name or type(router).__name__] = said
             continue
-        router._moe_ops_said, router._moe_ops_forward = said, router.forward  # type: ignore[assignment]
-        router.forward = types.MethodType(_forward, router)  # type: ignore[method-assign]
+        router._moe_ops_said, router._moe_ops_forward = said, router.forward
+        router.forward = types.MethodType(_forward, router)
         options = ", ".join(f"{key}={value!r}" for key, value in said.options)
         bias = "" if said.bias is None else f", selection_bias={said.bias}"
         report.replaced[name or type(router).__name__] = f"route(top_k={said.top_k}, {options}{bias})"
@@ -127,10 +127,12 @@ def _match(
 
 def _candidates(router: Any) -> Iterator[dict[str, Any]]:
     groups: list[dict[str, Any]] = [{}]
-    pair = tuple(next((getattr(router, n) for n in names if hasattr(router, n)), None) for names in (GROUPS, TOP_GROUPS))
-    if all(isinstance(value, int) for value in pair) and pair[0] > 1:  # type: ignore[operator]
+    count, kept = (
+        next((getattr(router, n) for n in names if hasattr(router, n)), None) for names in (GROUPS, TOP_GROUPS)
+    )
+    if isinstance(count, int) and isinstance(kept, int) and count > 1:
         for score, mask in itertools.product(("top2_sum", "max"), ("-inf", "zero")):
-            groups.append({"groups": pair, "group_score": score, "group_mask": mask})
+            groups.append({"groups": (count, kept), "group_score": score, "group_mask": mask})
     sums: list[dict[str, Any]] = [{}, *({"renormalize": True, "eps": eps} for eps in (1e-20, 1e-12, 1e-9, 1e-6))]
     least = next((getattr(router, name) for name in LEAST if hasattr(router, name)), None)
     if least is not None:
@@ -177,7 +179,8 @@ def _is_triple(result: Any, layer: Any) -> bool:
 
 
 def _linear(router: torch.nn.Module) -> str | None:
-    if isinstance(getattr(router, "weight", None), Tensor) and router.weight.dim() == 2:  # type: ignore[union-attr]
+    weight = getattr(router, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
         return ""
     layers = [name for name, module in router.named_modules() if type(module) is torch.nn.Linear]
     return layers[0] if len(layers) == 1 else None

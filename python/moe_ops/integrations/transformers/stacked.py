@@ -17,6 +17,11 @@ from moe_ops.integrations.transformers import experts, gates
 class Stacked(torch.nn.Module):
     """w_in, w_out and their biases, an activation, and dropout after it and after the experts."""
 
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
+
     def __init__(self, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, act: Any) -> None:
         super().__init__()
         for name, value in {"w_in": w_in, "w_out": w_out, "b_in": b_in, "b_out": b_out}.items():
@@ -27,9 +32,8 @@ class Stacked(torch.nn.Module):
         said = gates.of_activation(self, "act_fn")
         drops = self.training and (self.dropout > 0 or self.token_dropout > 0)
         if said is not None and not drops:
-            return functional.moe_mlp(
-                x, weights, ids, self.w_in, self.w_out, b_in=self.b_in, b_out=self.b_out, **{**dict(said), "gated": gated}
-            )
+            options: dict[str, Any] = {**dict(said), "gated": gated, "b_in": self.b_in, "b_out": self.b_out}
+            return functional.moe_mlp(x, weights, ids, self.w_in, self.w_out, **options)
 
         def between(pre: Tensor) -> Tensor:
             gate, up = pre.chunk(2, dim=-1) if gated else (pre, 1)
@@ -75,8 +79,8 @@ class Switch(Stacked):
 class Nllb(Stacked):
     """NllbMoeExperts: a Linear pair with biases per expert.
 
-    transformers 5.24 takes the one-hot mask [T, E] for ids, so that every first choice goes to expert 1 and every second
-    one to expert 0. This computes the same.
+    transformers 5.24 takes the one-hot mask [T, E] for ids, so that every first choice goes to expert 1 and every
+    second one to expert 0. This computes the same.
     """
 
     def __init__(self, old: Any) -> None:
