@@ -20,7 +20,8 @@ def enable(model: Any = None, *, router: bool = False) -> Report:
     """Registers "moe_ops" among transformers' experts implementations.
 
     Afterwards `from_pretrained(..., experts_implementation="moe_ops")` and
-    `model.set_experts_implementation("moe_ops")` work for every model that allows a choice. Models on other implementations are not touched.
+    `model.set_experts_implementation("moe_ops")` work for every model that allows a choice. Models on other
+    implementations are not touched.
 
     Args:
         model: switches this model to "moe_ops" as well.
