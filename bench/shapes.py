@@ -31,12 +31,14 @@ STANDING = {
         # Small enough for --quick: few wide experts, many narrow ones.
         Shape("quick-wide", 256, 512, 1024, 8, 2),
         Shape("quick-fine", 256, 512, 256, 64, 4),
+        Shape("quick-decode", 4, 512, 1024, 8, 2),
         # Nothing to compute: what remains is the host's work for one call.
         Shape("one-token", 1, 16, 16, 8, 2),
         # Slices that keep a model's number of experts, or its widths, at the size of a laptop.
         Shape("mixtral-slice", 512, 1024, 3584, 8, 2),
         Shape("mixtral-decode", 16, 1024, 3584, 8, 2),
         Shape("qwen3-slice", 512, 2048, 768, 32, 8),
+        Shape("qwen3-decode", 16, 2048, 768, 32, 8),
         Shape("qwen3-512", 512, 2048, 768, 128, 8),
         Shape("deepseek-slice", 512, 1792, 512, 64, 8),
         Shape("switch-base-8", 1024, 768, 3072, 8, 1, "relu", False),
@@ -67,6 +69,7 @@ DEFAULT = {
     "combine": ("mixtral-8x7b", "qwen3-30b", "odd"),
     "grouped_gemm": ("mixtral-slice", "mixtral-decode", "qwen3-512", "qwen3-30b-decode", "deepseek-slice", "odd"),
     "moe": ("one-token", "mixtral-slice", "mixtral-decode", "qwen3-512", "deepseek-slice", "switch-base-8", "odd"),
+    "transformers": ("mixtral-slice", "mixtral-decode", "qwen3-slice", "qwen3-decode"),
 }
 CUDA = {
     "route": ("qwen3-30b-train", "qwen3-next", "mixtral-8x7b-prefill"),
@@ -94,6 +97,7 @@ QUICK = {
     "combine": ("qwen3-slice",),
     "grouped_gemm": ("quick-wide", "quick-fine"),
     "moe": ("quick-wide", "quick-fine"),
+    "transformers": ("quick-wide", "quick-decode"),
 }
 
 

@@ -1,0 +1,1 @@
+"""moe_ops inside other libraries; each module needs the one it is named after."""

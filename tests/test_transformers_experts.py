@@ -1,0 +1,137 @@
+"""transformers' experts interface on moe_ops: every experts class alone, and tiny models of the families as a whole."""
+
+import pytest
+import torch
+
+from accuracy import assert_as_accurate
+from transformers_models import Permissive, draw, experts_classes, ids, logits_and_gradients, module_of, tiny_model
+
+pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
+
+from moe_ops.integrations.transformers import enable, gates
+
+TOLERANCE = 5e-6  # of the largest absolute value, in float32
+TWO_PRODUCTS = {"Inkling2Experts", "Inkling2LoopExperts", "MuseSparkExperts"}  # a soft-capped gate; a norm per expert
+MODELS = [
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v4", "gpt_oss", "olmoe",
+    "flex_olmo", "granitemoe", "granitemoeshared", "granitemoehybrid", "phimoe", "jamba", "gemma4_text", "minimax",
+    "minimax_m2", "glm4_moe", "glm4_moe_lite", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe", "lfm2_moe", "solar_open",
+    "dots1", "mimo_v2_flash", "afmoe", "nemotron_h", "aria_text", "cohere2_moe", "beam",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def enabled():
+    enable()
+
+
+def run(experts, implementation, x, chosen, weights, gradient):
+    experts.config._experts_implementation = implementation
+    leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+    y = experts(leaves[0], chosen, leaves[1])
+    return y, *torch.autograd.grad(y, [*leaves, *experts.parameters()], gradient.to(y.dtype))
+
+
+def build(family, name, dtype=torch.float32):
+    experts = draw(getattr(module_of(family), name)(Permissive()))
+    generator = torch.Generator().manual_seed(4)
+    x, gradient = (torch.randn(50, 24, generator=generator).to(dtype) for _ in range(2))
+    chosen = torch.rand(50, 8, generator=generator).topk(3).indices
+    weights = torch.rand(50, 3, generator=generator)
+    return experts.to(dtype), (x, chosen, weights.to(dtype), gradient)
+
+
+@pytest.mark.parametrize("family, name", experts_classes())
+def test_experts_class(family, name):
+    """y, and the gradients of tokens, route weights and parameters, against the class's own forward; then bfloat16."""
+    experts, case = build(family, name)
+    for ours, eager in zip(run(experts, "moe_ops", *case), run(experts, "eager", *case), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=TOLERANCE * eager.abs().max().item())
+    fused = not experts.has_post_expert_norm and gates.options(experts, experts.has_gate) is not None
+    assert fused == (name not in TWO_PRODUCTS)
+    experts, case = build(family, name, torch.bfloat16)
+    ours, eager = run(experts, "moe_ops", *case), run(experts, "eager", *case)
+    x, chosen, *rest = case
+    oracle = run(experts.double(), "eager", x.double(), chosen, *(value.double() for value in rest))
+    for index, values in enumerate(zip(ours, eager, oracle, strict=True)):
+        assert_as_accurate(*values, f"result {index}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name):
+    """Logits, all gradients and greedy generation, in float32 against eager; one wrong weight must be seen."""
+    model, tokens = tiny_model(name), ids()
+    model.set_experts_implementation("eager")
+    eager, eager_gradients = logits_and_gradients(model, tokens)
+    text = model.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    model.set_experts_implementation("moe_ops")
+    ours, gradients = logits_and_gradients(model, tokens)
+    torch.testing.assert_close(ours, eager, rtol=0, atol=TOLERANCE)
+    assert gradients.keys() == eager_gradients.keys()
+    largest = max(value.abs().max().item() for value in eager_gradients.values())
+    for key, value in eager_gradients.items():
+        atol = TOLERANCE * max(value.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(gradients[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+    assert torch.equal(model.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False), text)
+    with torch.no_grad():
+        down = next(module.down_proj for module in model.modules() if hasattr(module, "_is_expert_parallel"))
+        down.mul_(1.01)
+        assert (model(tokens, use_cache=False).logits - eager).abs().max() > 10 * TOLERANCE
+
+
+def test_sentinels():
+    """Ids of num_experts count nothing: no result, no gradient of their tokens."""
+    experts, (x, chosen, weights, gradient) = build("mixtral", "MixtralExperts")
+    elsewhere = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    with_sentinels = run(experts, "moe_ops", x, chosen.masked_fill(elsewhere, 8), weights, gradient)
+    expected = run(experts, "eager", x, chosen, weights.masked_fill(elsewhere, 0), gradient)
+    for index in (0, 1, 3, 4):
+        torch.testing.assert_close(with_sentinels[index], expected[index], rtol=1e-5, atol=1e-5)
+    assert (with_sentinels[2][elsewhere] == 0).all()
+
+
+def test_float32_weights_under_bfloat16():
+    """Weights are rounded to bfloat16, their gradient is float32."""
+    experts, case = build("mixtral", "MixtralExperts", torch.bfloat16)
+    rounded = run(experts, "moe_ops", *case)
+    results = run(experts.float(), "moe_ops", *case)
+    for ours, expected in zip(results[:3], rounded[:3], strict=True):
+        assert torch.equal(ours, expected)
+    for ours, expected in zip(results[3:], rounded[3:], strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours.bfloat16(), expected)
+
+
+def test_unknown_gate():
+    """A gate that a class changes is measured, and served by two products where no option says it."""
+    experts, case = build("mixtral", "MixtralExperts")
+
+    class Odd(type(experts)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.tanh(gate) * up
+
+    experts.__class__ = Odd
+    assert gates.options(experts, True) is None
+    ours = run(experts, "moe_ops", *case)
+    for value, other in zip(ours, run(experts, "grouped_mm", *case), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled():
+    experts, (x, chosen, weights, _) = build("gpt_oss", "GptOssExperts")
+    experts.config._experts_implementation = "moe_ops"
+    with torch.no_grad():
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")(x, chosen, weights)
+        torch.testing.assert_close(compiled, experts(x, chosen, weights), rtol=0, atol=0)
+
+
+def test_enable_errors(monkeypatch):
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", lambda name: "4.57.1")
+    with pytest.raises(ImportError, match=r"transformers 5\.23 or later is needed, got 4\.57\.1; .*\[transformers\]"):
+        enable()
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match=r"transformers\.enable: model must be a PreTrainedModel, got"):
+        enable(torch.nn.Linear(2, 2))
