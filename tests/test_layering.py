@@ -50,6 +50,7 @@ IMPORTS = {
     "functional": ["autocast", "autograd", "checks", "packing", "types"],
     "losses": ["checks", "module_checks", "types"],
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "packing", "reference", "types"],
+    "config": ["checks", "config", "module_checks", "nn"],
 }
 ENTRY_POINTS = ("__init__", "__main__")  # these may import anything
 

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from moe_ops import losses, nn, reference
+from moe_ops.config import MoEConfig
 from moe_ops.functional import dispatch, moe_mlp
 from moe_ops.ops import combine, grouped_gemm, permute, plan, route
 from moe_ops.packing import prepack
@@ -29,6 +30,7 @@ except PackageNotFoundError:
     __version__ = "0.0.0"  # compiled in place, not installed
 
 __all__ = [
+    "MoEConfig",
     "PackedWeight",
     "Plan",
     "RouteResult",
