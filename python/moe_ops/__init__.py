@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from moe_ops import losses, nn, reference
 from moe_ops.config import MoEConfig
 from moe_ops.functional import dispatch, moe_mlp
+from moe_ops.monitor import RouterHealth, RouterReplay
 from moe_ops.ops import combine, grouped_gemm, permute, plan, route
 from moe_ops.packing import prepack
 from moe_ops.types import PackedWeight, Plan, RouteResult
@@ -34,6 +35,8 @@ __all__ = [
     "PackedWeight",
     "Plan",
     "RouteResult",
+    "RouterHealth",
+    "RouterReplay",
     "__version__",
     "combine",
     "dispatch",
