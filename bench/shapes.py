@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_ops import MoEConfig
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -25,39 +27,46 @@ class Shape:
         return f"{self.name} {sizes}" if self.name else sizes
 
 
+def of(preset: str, tokens: int, name: str = "") -> Shape:
+    """The layer of a preset, met by this many tokens."""
+    config = MoEConfig.preset(preset)
+    activation, gated = config.experts.get("activation", "silu"), config.experts.get("gated", True)
+    sizes = (config.hidden, config.inner, config.num_experts, config.top_k)
+    return Shape(name or preset, tokens, *sizes, activation, gated)
+
+
 STANDING = {
     shape.name: shape
     for shape in (
         # Small enough for --quick: few wide experts, many narrow ones.
-        Shape("quick-wide", 256, 512, 1024, 8, 2),
-        Shape("quick-fine", 256, 512, 256, 64, 4),
-        Shape("quick-decode", 4, 512, 1024, 8, 2),
-        # Nothing to compute: what remains is the host's work for one call.
-        Shape("one-token", 1, 16, 16, 8, 2),
+        of("quick-wide", 256),
+        of("quick-fine", 256),
+        of("quick-wide", 4, "quick-decode"),
+        of("one-token", 1),
         # Slices that keep a model's number of experts, or its widths, at the size of a laptop.
-        Shape("mixtral-slice", 512, 1024, 3584, 8, 2),
-        Shape("mixtral-decode", 16, 1024, 3584, 8, 2),
-        Shape("qwen3-slice", 512, 2048, 768, 32, 8),
-        Shape("qwen3-decode", 16, 2048, 768, 32, 8),
-        Shape("qwen3-512", 512, 2048, 768, 128, 8),
-        Shape("deepseek-slice", 512, 1792, 512, 64, 8),
-        Shape("switch-base-8", 1024, 768, 3072, 8, 1, "relu", False),
-        Shape("odd", 333, 1000, 1407, 7, 5),
+        of("mixtral-slice", 512),
+        of("mixtral-slice", 16, "mixtral-decode"),
+        of("qwen3-slice", 512),
+        of("qwen3-slice", 16, "qwen3-decode"),
+        of("qwen3-30b", 512, "qwen3-512"),
+        of("deepseek-slice", 512),
+        of("switch-base-8", 1024),
+        of("odd", 333),
         # Layers as they are.
-        Shape("mixtral-8x7b", 4096, 4096, 14336, 8, 2),
-        Shape("qwen3-30b", 4096, 2048, 768, 128, 8),
-        Shape("qwen3-30b-decode", 16, 2048, 768, 128, 8),
-        Shape("qwen3-next", 4096, 2048, 512, 512, 10),
-        Shape("deepseek-v3-ep8", 4096, 7168, 2048, 32, 8),
-        Shape("gpt-oss-20b", 4096, 2880, 2880, 32, 4),
-        Shape("olmoe", 4096, 2048, 1024, 64, 8),
+        of("mixtral-8x7b", 4096),
+        of("qwen3-30b", 4096),
+        of("qwen3-30b", 16, "qwen3-30b-decode"),
+        of("qwen3-next", 4096),
+        of("deepseek-v3-ep8", 4096),
+        of("gpt-oss-20b", 4096),
+        of("olmoe", 4096),
         # Batches for a GPU: training (SonicMoE's 7B and 30B), prefill, decoding.
         Shape("sonic-7b", 24576, 1536, 256, 128, 8),
         Shape("sonic-30b", 32768, 4096, 1024, 64, 4),
-        Shape("qwen3-30b-train", 32768, 2048, 768, 128, 8),
-        Shape("mixtral-8x7b-prefill", 8192, 4096, 14336, 8, 2),
-        Shape("gpt-oss-20b-prefill", 8192, 2880, 2880, 32, 4),
-        Shape("mixtral-8x7b-decode", 16, 4096, 14336, 8, 2),
+        of("qwen3-30b", 32768, "qwen3-30b-train"),
+        of("mixtral-8x7b", 8192, "mixtral-8x7b-prefill"),
+        of("gpt-oss-20b", 8192, "gpt-oss-20b-prefill"),
+        of("mixtral-8x7b", 16, "mixtral-8x7b-decode"),
     )
 }
 

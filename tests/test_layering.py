@@ -51,6 +51,8 @@ IMPORTS = {
     "functional": ["autocast", "autograd", "checks", "numerics", "packing", "types"],
     "losses": ["checks", "module_checks", "types"],
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "packing", "reference", "types"],
+    "config": ["checks", "config", "module_checks", "nn"],
+    "monitor": ["checks", "module_checks", "monitor", "nn", "ops", "reference", "types"],
 }
 ENTRY_POINTS = ("__init__", "__main__")  # these may import anything
 

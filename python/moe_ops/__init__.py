@@ -10,7 +10,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from moe_ops import losses, nn, reference
+from moe_ops.config import MoEConfig
 from moe_ops.functional import dispatch, moe_mlp
+from moe_ops.monitor import RouterHealth, RouterReplay
 from moe_ops.numerics import is_batch_invariant, set_batch_invariant
 from moe_ops.ops import combine, grouped_gemm, permute, plan, route
 from moe_ops.packing import prepack
@@ -30,9 +32,12 @@ except PackageNotFoundError:
     __version__ = "0.0.0"  # compiled in place, not installed
 
 __all__ = [
+    "MoEConfig",
     "PackedWeight",
     "Plan",
     "RouteResult",
+    "RouterHealth",
+    "RouterReplay",
     "__version__",
     "combine",
     "dispatch",

@@ -48,19 +48,40 @@ def route(
             choice = _mask_groups(choice, groups, group_score, group_mask)
         experts = _rank(choice)[:, :top_k]  # [T, K]
 
-    if score == "softmax_selected":
-        weights = torch.softmax(z.gather(1, experts), dim=1)
-    else:
-        weights = s.gather(1, experts)
-    weights = _renormalize(weights, renormalize, eps, p) * scale
-    if expert_scale is not None:
-        weights = weights * expert_scale.to(dtype)[experts]
+    weights = weigh(
+        logits, experts, score=score, renormalize=renormalize, eps=eps, p=p, scale=scale, expert_scale=expert_scale,
+        softcap=softcap,
+    )  # fmt: skip
     if not stats:
         return weights, experts.int()
 
     prob = s / s.sum(1, keepdim=True) if score in ("sigmoid", "sqrtsoftplus") else torch.softmax(z, dim=1)
     counts, mean_prob = _segment_stats(prob, experts, segments, num_segments)
     return RouteResult(weights, experts.int(), counts, mean_prob, torch.logsumexp(z, dim=1))
+
+
+def weigh(
+    logits: Tensor,
+    experts: Tensor,
+    *,
+    score: str = "softmax",
+    renormalize: bool | str = False,
+    eps: float = 1e-20,
+    p: float = 1.0,
+    scale: float = 1.0,
+    expert_scale: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """[T, K], the weights of experts [T, K] that were chosen before, whoever chose them; route's options."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits, experts = logits.to(dtype), experts.long()
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    if score == "softmax_selected":
+        weights = torch.softmax(z.gather(1, experts), dim=1)
+    else:
+        weights = _scores(z, score).gather(1, experts)
+    weights = _renormalize(weights, renormalize, eps, p) * scale
+    return weights if expert_scale is None else weights * expert_scale.to(dtype)[experts]
 
 
 def _scores(z: Tensor, score: str) -> Tensor:

@@ -1,0 +1,214 @@
+"""RouterHealth: how the experts of every layer are used, from counts that route returns anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops import checks, module_checks, nn
+from moe_ops.monitor import routers
+from moe_ops.monitor.layer import Layer, LayerSummary
+from moe_ops.types import RouteResult
+
+
+class RouterHealth:
+    """Load, entropy, dead experts, drops and logits of every router of a model, summed until they are read.
+
+        health = RouterHealth(model)
+        for batch in batches:
+            train_step(batch)
+            health.step()                      # closes a step of the history that plot draws
+        print(health.table())
+
+    Counts come from `moe_ops.route`'s statistics, in the pass over the logits that it makes anyway; sums stay on the
+    device, and nothing waits for it before a figure is read. Routers of transformers' models are seen through the ids
+    that their experts are given: counted, but without logits. Evaluation counts too: `pause()` leaves it out.
+
+    Args:
+        model: watches all its routers by hooks until `detach()`; None: `update` is called by hand.
+        classes: names of token classes (parts of speech, languages, ...), whose loads are kept apart; each forward then
+            stands within `with health.token_classes(ids):`.
+        coactivation: also counts which pairs of experts are chosen by one token, [E, E] per layer: a pass over the ids.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the model has no router.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module | None = None, *, classes: Sequence[str] = (), coactivation: bool = False
+    ) -> None:
+        module_checks.instance("RouterHealth", "model", model, (torch.nn.Module, type(None)), "a Module or None")
+        checks.flag("RouterHealth", "coactivation", coactivation)
+        self.classes, self.coactivation = tuple(classes), coactivation
+        self.layers: dict[str, Layer] = {}
+        self._ids: Tensor | None = None
+        self._paused = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        if model is not None:
+            self._attach(model)
+
+    def update(self, name: str, route: RouteResult | tuple[Tensor, Tensor], num_experts: int | None = None, *,
+               capacity: int | None = None) -> None:  # fmt: skip
+        """Adds what one router did to one batch.
+
+        Args:
+            name: of the layer.
+            route: a RouteResult, or the pair (weights, experts) [T, K], whose ids are counted here.
+            num_experts: needed where route is a pair.
+            capacity: rows an expert takes; slots beyond it count as dropped.
+        """
+        op = "RouterHealth.update"
+        result = route if isinstance(route, RouteResult) else None
+        experts = route[1]
+        if result is not None:
+            num_experts = result.counts.shape[1]
+        checks.integer(op, "num_experts", num_experts, 1, checks.MAX_INT32)
+        assert num_experts is not None
+        num_classes = max(len(self.classes), 1)
+        with torch.no_grad():
+            if result is None or self.classes:
+                counts = routers.count(experts, num_experts, self._class_ids(experts), num_classes)
+            else:
+                counts = result.counts.sum(0, keepdim=True)
+            layer = self.layers.get(name)
+            if layer is None:
+                layer = Layer(num_experts, num_classes, self.coactivation, counts.device)
+                self.layers[name] = layer
+            layer.add(experts, counts, None if result is None else result.logsumexp, capacity)
+
+    @contextmanager
+    def token_classes(self, ids: Tensor) -> Iterator[None]:
+        """The classes of the tokens of forwards in here: ids of any shape, one per token; others count nowhere."""
+        if not self.classes:
+            raise ValueError("RouterHealth.token_classes: RouterHealth must be built with classes, got none")
+        self._ids = ids.reshape(-1)
+        try:
+            yield
+        finally:
+            self._ids = None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Forwards in here are not counted."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def step(self) -> None:
+        """Closes a step of the history."""
+        for layer in self.layers.values():
+            layer.step()
+
+    def reset(self) -> None:
+        """Forgets all sums and the history."""
+        self.layers.clear()
+
+    def detach(self) -> None:
+        """Takes the hooks off the model; what was counted stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def summary(self) -> dict[str, LayerSummary]:
+        """The figures of every layer; reading them waits for the device."""
+        return {name: layer.summary() for name, layer in self.layers.items()}
+
+    def together(self, name: str) -> Tensor:
+        """[E, E], how much likelier than by chance two experts are chosen by one token; 1 is chance, 0 is never."""
+        layer = self._layer("together", name)
+        if layer.together is None:
+            raise ValueError("RouterHealth.together: RouterHealth must be built with coactivation=True")
+        pairs = layer.together.double().cpu()
+        share = pairs.diagonal() / max(layer.tokens, 1)
+        expected = share[:, None] * share[None, :] * max(layer.tokens, 1)
+        return torch.where(expected > 0, pairs / expected.clamp(min=1e-300), 0.0)
+
+    def specialisation(self, name: str) -> Tensor:
+        """[classes, E], the share of a class's slots that an expert takes; rows sum to 1, or to 0 where it is empty."""
+        counts = self._layer("specialisation", name).by_class.double().cpu()
+        return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+    def table(self) -> str:
+        """A line per layer."""
+        from moe_ops.monitor.show import table
+
+        return table(self.summary())
+
+    def plot(self, file: str) -> None:
+        """Draws load and max/mean over the steps of every layer, and what the classes prefer, into an image file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: nothing was counted yet.
+        """
+        from moe_ops.monitor.show import plot
+
+        plot(self, file)
+
+    def trainer_callback(self, report: Callable[[dict[str, float]], None] | None = None) -> Any:
+        """A callback for transformers' Trainer: closes a step after each, adds figures to the logs, then forgets them.
+
+        Args:
+            report: is also called with the figures at every log.
+        """
+        from moe_ops.monitor.trainer import callback
+
+        return callback(self, report)
+
+    def _layer(self, op: str, name: str) -> Layer:
+        if name not in self.layers:
+            raise ValueError(f"RouterHealth.{op}: name must be one of {', '.join(self.layers)}, got {name!r}")
+        return self.layers[name]
+
+    def _class_ids(self, experts: Tensor) -> Tensor | None:
+        if not self.classes:
+            return None
+        if self._ids is None or len(self._ids) != len(experts):
+            got = "none" if self._ids is None else str(len(self._ids))
+            raise ValueError(f"RouterHealth.token_classes: ids must be one per token ({len(experts)}), got {got}")
+        return self._ids.to(experts.device)
+
+    def _attach(self, model: torch.nn.Module) -> None:
+        ours, theirs = routers.routers(model), routers.foreign_experts(model)
+        if not ours and not theirs:
+            raise ValueError("RouterHealth: model must have a moe_ops.nn router or experts of transformers, got none")
+        layer_of = {id(m.router): m for m in model.modules() if isinstance(m, nn.MoE)}
+
+        def watch(name: str, router: torch.nn.Module) -> None:
+            asked = [False]
+
+            def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+                if self._paused:
+                    return None
+                asked[0] = bool(kwargs.get("stats", False))
+                return args, {**kwargs, "stats": True}
+
+            def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+                if self._paused:
+                    return None
+                moe = layer_of.get(id(module))
+                capacity = moe.capacity(output.experts.shape[0]) if moe is not None else None
+                self.update(name, output, module.num_experts, capacity=capacity)
+                return None if asked[0] else (output.weights, output.experts)
+
+            self._hooks.append(router.register_forward_pre_hook(before, with_kwargs=True))
+            self._hooks.append(router.register_forward_hook(after, with_kwargs=True))
+
+        def overhear(name: str, experts: torch.nn.Module) -> None:
+            def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+                if not self._paused:
+                    ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+                    self.update(name, (ids, ids), module.num_experts)  # type: ignore[arg-type]
+
+            self._hooks.append(experts.register_forward_pre_hook(before, with_kwargs=True))
+
+        for name, router in ours.items():
+            watch(name.removesuffix(".router"), router)
+        for name, experts in theirs.items():
+            overhear(name.removesuffix(".experts"), experts)

@@ -1,0 +1,143 @@
+"""RouterReplay: a routing recorded in one pass chooses the experts of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops import checks, module_checks, nn, reference
+from moe_ops.monitor import routers
+from moe_ops.types import RouteResult
+
+WEIGHTS = {"recomputed": 0, "recorded": 1}
+
+
+class RouterReplay:
+    """Records which experts every router of a model chose, and makes a later pass choose the same.
+
+        replay = RouterReplay(model)
+        with replay.record():
+            model(x)                 # a rollout, say, or a pass with jitter
+        with replay.play():
+            model(x).sum().backward()
+
+    Reinforcement learning needs it, where training must see the experts that generation saw (Ma et al. 2025,
+    "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers", arXiv:2510.11370).
+
+    While playing, only the choice is replayed: weights come from the logits of the moment and have gradients. A token
+    that would choose as recorded anyway keeps the bits of `moe_ops.route`, forward and backward, so that playing back
+    under the same parameters is exact; another's weights are route's formula in plain PyTorch (`reference.weigh`).
+
+    Attributes:
+        routing: for every router by name, (weights [T, K], experts [T, K]) of each of its calls, in order, without
+            gradients. It may be saved with torch.save, moved and loaded.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        module_checks.instance("RouterReplay", "model", model, (torch.nn.Module,), "a Module")
+        self._routers = routers.routers(model)
+        if not self._routers:
+            raise ValueError("RouterReplay: model must have a moe_ops.nn router, got none")
+        self.routing: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def record(self) -> Iterator[RouterReplay]:
+        """Passes in here are recorded, in place of what was."""
+        self.routing = {name: [] for name in self._routers}
+
+        def keep(name: str) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                self.routing[name].append((output[0].detach(), output[1].detach()))
+
+            return hook
+
+        hooks = [router.register_forward_hook(keep(name)) for name, router in self._routers.items()]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def play(self, *, weights: str = "recomputed") -> Iterator[RouterReplay]:
+        """Passes in here choose the experts that were recorded, call by call.
+
+        Args:
+            weights: "recomputed" as above, for `moe_ops.nn.Router`; "recorded": the weights too are those recorded, for
+                every kind of router, and the router gets no gradient.
+
+        Raises:
+            RuntimeError: a router is called more often than was recorded, or, at the end, less often.
+            ValueError: a call has another number of tokens than was recorded.
+        """
+        recorded = bool(checks.option("RouterReplay.play", "weights", weights, WEIGHTS))
+        players = [Player(name, router, self.routing.get(name, []), recorded) for name, router in self._routers.items()]
+        try:
+            yield self
+            for player in players:
+                player.check_end()
+        finally:
+            for player in players:
+                player.remove()
+
+
+class Player:
+    """Replaces the choice of one router."""
+
+    def __init__(self, name: str, router: Any, calls: list[tuple[Tensor, Tensor]], recorded: bool) -> None:
+        if not recorded and not isinstance(router, nn.Router):
+            kind = type(router).__name__
+            raise TypeError(f"RouterReplay.play: weights must be 'recorded' for {name}, a {kind}, got 'recomputed'")
+        self.name, self.router, self.calls, self.recorded = name, router, calls, recorded
+        self.played = 0
+        self.logits: Tensor | None = None
+        if not recorded:
+            of_class = type(router).logits
+
+            def logits(x: Tensor) -> Tensor:
+                self.logits = of_class(router, x)
+                return self.logits
+
+            router.logits = logits
+        self.hook = router.register_forward_hook(self.replace, with_kwargs=True)
+
+    def replace(self, router: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.played == len(self.calls):
+            raise RuntimeError(
+                f"RouterReplay.play: {self.name} was recorded {len(self.calls)} times, and is called again"
+            )
+        weights, experts = (t.to(output[0].device) for t in self.calls[self.played])
+        if experts.shape != output[1].shape:
+            expected = f"[tokens, top_k] {list(experts.shape)} as recorded"
+            raise ValueError(f"RouterReplay.play: {self.name} must route {expected}, got {list(output[1].shape)}")
+        self.played += 1
+        if not self.recorded:
+            weights = self.weigh(router, output[0], output[1], experts)
+        if not isinstance(output, RouteResult):
+            return weights, experts
+        segments, num_segments = kwargs.get("segments"), kwargs.get("num_segments", 1)
+        counts = routers.count(experts, router.num_experts, segments, num_segments)
+        return output._replace(weights=weights, experts=experts, counts=counts)
+
+    def weigh(self, router: Any, natural: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
+        """The weights of experts; where they are those chosen, natural as it is."""
+        assert self.logits is not None
+        names = ("score", "renormalize", "eps", "p", "scale", "softcap")
+        options = {name: router.options[name] for name in names}
+        formula = reference.weigh(self.logits, experts, expert_scale=router.expert_scale, **options)
+        return torch.where((experts == chosen).all(1, keepdim=True), natural, formula)
+
+    def check_end(self) -> None:
+        if self.played != len(self.calls):
+            raise RuntimeError(
+                f"RouterReplay.play: {self.name} was recorded {len(self.calls)} times, but called {self.played} times"
+            )
+
+    def remove(self) -> None:
+        self.hook.remove()
+        if not self.recorded:
+            del self.router.logits

@@ -1,0 +1,276 @@
+"""RouterHealth against loops over tokens, with and without hooks; RouterReplay to the bit, forward and backward."""
+
+import math
+
+import pytest
+import torch
+
+import moe_ops
+from accuracy import assert_bitwise_equal
+from cases import randn
+from moe_ops import RouterHealth, RouterReplay, nn
+
+HIDDEN, EXPERTS, TOP_K, TOKENS = 16, 6, 2, 40
+
+
+def layers(device, **router):
+    torch.manual_seed(0)
+    two = [nn.MoE(HIDDEN, 8, EXPERTS, TOP_K, router=router, capacity_factor=1.0) for _ in range(2)]
+    return torch.nn.Sequential(*two).to(device)
+
+
+def chosen(model, x):
+    """[tokens, top_k] of each layer, by plain torch; tokens dropped everywhere tie in the second."""
+    with torch.no_grad():
+        logits = x @ model[0].router.weight.T, model[0](x) @ model[1].router.weight.T
+    return [z.cpu().sort(dim=1, descending=True, stable=True).indices[:, :TOP_K] for z in logits]
+
+
+def test_figures_are_those_of_a_loop(device):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=1).to(device)
+    expected = chosen(model, x)
+    health = RouterHealth(model, coactivation=True)
+    plain = model(x)
+    assert isinstance(plain, torch.Tensor)
+    health.step()
+    for name, ids in zip(("0", "1"), expected):
+        counts = [int((ids == e).sum()) for e in range(EXPERTS)]
+        share = [c / (TOKENS * TOP_K) for c in counts]
+        capacity = math.ceil(TOKENS * TOP_K / EXPERTS)
+        summary = health.summary()[name]
+        assert summary.tokens == TOKENS
+        assert summary.load == pytest.approx([s * EXPERTS for s in share])
+        assert summary.max_over_mean == pytest.approx(max(share) * EXPERTS)
+        assert summary.entropy == pytest.approx(-sum(s * math.log(s) for s in share if s) / math.log(EXPERTS))
+        assert summary.dead == counts.count(0)
+        assert summary.dropped == pytest.approx(sum(max(c - capacity, 0) for c in counts) / (TOKENS * TOP_K))
+        assert health.layers[name].history[0].tolist() == counts
+        together = health.together(name)
+        for a in range(EXPERTS):
+            for b in range(EXPERTS):
+                both = sum(a in row and b in row for row in ids.tolist())
+                chance = counts[a] * counts[b] / TOKENS
+                assert float(together[a, b]) == pytest.approx(both / chance if chance else 0)
+    lse = torch.logsumexp(x.double() @ model[0].router.weight.double().T, 1)
+    assert health.summary()["0"].logit_norm == pytest.approx(lse.square().mean().sqrt().item(), rel=1e-4)
+    assert health.summary()["0"].max_logit == pytest.approx(lse.abs().max().item(), rel=1e-4)
+
+
+def test_dropped_slots_are_those_of_the_plan(device):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=1).to(device)
+    health = RouterHealth(model)
+    model(x)
+    _, experts = model[0].router(x)
+    plan = moe_ops.plan(experts, EXPERTS, capacity=model[0].capacity(TOKENS))
+    lost = TOKENS * TOP_K - int(plan.offsets[-1])
+    assert lost > 0
+    assert health.summary()["0"].dropped * TOKENS * TOP_K == pytest.approx(lost)
+
+
+def test_watching_changes_nothing_and_ends(device):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=2).to(device)
+    expected = model(x)
+    health = RouterHealth(model)
+    assert_bitwise_equal(model(x), expected)
+    y, route = model[0](x, return_route=True)
+    assert isinstance(route, moe_ops.RouteResult) and y.shape == x.shape
+    assert health.summary()["0"].tokens == 2 * TOKENS and health.summary()["1"].tokens == TOKENS
+    with health.pause():
+        model(x)
+    health.detach()
+    model(x)
+    assert health.summary()["1"].tokens == TOKENS
+    health.reset()
+    assert health.summary() == {} and not model[0].router._forward_hooks
+
+
+def test_classes_are_kept_apart(device):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=3).to(device)
+    ids = (torch.arange(TOKENS) % 3).to(device)  # 2 is no class
+    health = RouterHealth(model, classes=("even", "odd"))
+    with health.token_classes(ids):
+        model(x)
+    share = health.specialisation("0")
+    with health.pause():
+        first = chosen(model, x)[0]
+    for c in range(2):
+        mine = first[ids.cpu() == c]
+        assert share[c].tolist() == pytest.approx([int((mine == e).sum()) / mine.numel() for e in range(EXPERTS)])
+    with pytest.raises(ValueError, match=r"token_classes: ids must be one per token \(40\), got none"):
+        model(x)
+    with pytest.raises(ValueError, match=r"must be built with classes, got none"), RouterHealth().token_classes(ids):
+        pass
+
+
+def test_update_by_hand_takes_results_and_pairs(device):
+    logits = randn(TOKENS, EXPERTS, seed=4).to(device)
+    by_result, by_pair = RouterHealth(), RouterHealth()
+    by_result.update("a", moe_ops.route(logits, TOP_K, stats=True))
+    by_pair.update("a", moe_ops.route(logits, TOP_K), EXPERTS)
+    assert by_result.summary()["a"].load == by_pair.summary()["a"].load
+    assert math.isnan(by_pair.summary()["a"].logit_norm)
+    by_pair.update("a", moe_ops.route(logits, TOP_K), EXPERTS)
+    assert by_pair.summary()["a"].tokens == 2 * TOKENS
+    with pytest.raises(TypeError, match=r"RouterHealth.update: num_experts must be"):
+        by_pair.update("b", moe_ops.route(logits, TOP_K))
+    with pytest.raises(ValueError, match=r"RouterHealth.together: name must be one of a, got 'c'"):
+        by_pair.together("c")
+    with pytest.raises(ValueError, match=r"must be built with coactivation=True"):
+        by_pair.together("a")
+    with pytest.raises(ValueError, match=r"must have a moe_ops.nn router or experts of transformers, got none"):
+        RouterHealth(torch.nn.Linear(2, 2))
+
+
+def test_nothing_waits_for_the_device():
+    """On the meta device there is nothing to wait for: reading a value would raise."""
+    with torch.device("meta"):
+        model = nn.MoE(HIDDEN, 8, EXPERTS, TOP_K)
+        health = RouterHealth(model, coactivation=True)
+        model(torch.empty(TOKENS, HIDDEN))
+        health.step()
+    assert health.layers["router"].by_class.device.type == "meta"
+
+
+def test_table_and_plot(device, tmp_path, monkeypatch):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=5).to(device)
+    health = RouterHealth(model, classes=("even", "odd"))
+    for _ in range(3):
+        with health.token_classes(torch.arange(TOKENS) % 2):
+            model(x)
+        health.step()
+    head, first, second = health.table().splitlines()
+    assert head.split()[:4] == ["layer", "tokens", "max/mean", "entropy"]
+    assert first.split()[:2] == ["0", str(3 * TOKENS)] and second.split()[0] == "1"
+    assert len(first.split()[-1]) == EXPERTS
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    health.plot(str(tmp_path / "health.png"))
+    assert (tmp_path / "health.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing was counted yet"):
+        RouterHealth().plot("x.png")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"RouterHealth.plot: needs matplotlib: pip install matplotlib"):
+        health.plot("x.png")
+
+
+def test_bars():
+    from moe_ops.monitor.show import bars
+
+    assert bars([0.0, 0.01, 1.0, 2.5]) == "·▁▄█"
+    assert len(bars([1.0] * 500)) == 32 and bars([3.0] + [0.0] * 400)[0] == "█" and bars([3.0] + [0.0] * 400)[-1] == "·"
+
+
+def test_transformers_experts_are_overheard():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=4, vocab_size=30,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    health = RouterHealth(model)
+    model(torch.arange(20)[None])
+    summaries = health.summary()
+    assert len(summaries) == 2
+    for summary in summaries.values():
+        assert summary.tokens == 20 and sum(summary.load) == pytest.approx(4)
+
+
+def test_trainer_callback():
+    """As Trainer calls it: after a step, then with the logs."""
+    trainer = pytest.importorskip("transformers.trainer_callback", reason="transformers is not installed")
+    model, x, reports = layers("cpu"), randn(TOKENS, HIDDEN, seed=6), []
+    health = RouterHealth(model)
+    callback = health.trainer_callback(reports.append)
+    assert isinstance(callback, trainer.TrainerCallback)
+    state = trainer.TrainerState(log_history=[{"loss": 1.0}])
+    model(x)
+    callback.on_step_end(None, state, None)
+    expected = health.summary()
+    logs = {"loss": 1.0}
+    callback.on_log(None, state, None, logs=logs)
+    assert logs["router/max_over_mean"] == max(s.max_over_mean for s in expected.values())
+    assert logs["router/entropy"] == min(s.entropy for s in expected.values())
+    assert logs == {"loss": 1.0} | reports[0] and state.log_history[-1] == logs
+    assert health.summary() == {}
+
+
+def gradients(model, y):
+    model.zero_grad()
+    y.square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("router", [{"renormalize": True}, {"score": "sigmoid", "correction_bias": True, "scale": 2.5}])
+def test_played_back_under_the_same_parameters_is_exact(router, device):
+    model, x = layers(device, **router), randn(TOKENS, HIDDEN, seed=7).to(device)
+    replay = RouterReplay(model)
+    with replay.record():
+        expected = model(x)
+    expected_grads = gradients(model, expected)
+    with replay.play():
+        played = model(x)
+    grads = gradients(model, played)
+    assert_bitwise_equal(played, expected)
+    for name, grad in grads.items():
+        assert_bitwise_equal(grad, expected_grads[name])
+    assert not model[0].router._forward_hooks and "logits" not in vars(model[0].router)
+
+
+@pytest.mark.parametrize("score", ["softmax", "softmax_selected", "sigmoid"])
+def test_the_choice_is_replayed_when_the_logits_moved(score, device):
+    """Against the formula in float64: weights of the recorded experts under the new parameters, with their gradient."""
+    model, x = layers(device, score=score, renormalize=score == "sigmoid"), randn(TOKENS, HIDDEN, seed=8).to(device)
+    replay = RouterReplay(model)
+    with replay.record():
+        model(x)
+    router = model[0].router
+    experts = replay.routing["0.router"][0][1]
+    with torch.no_grad():
+        router.weight.add_(0.3 * randn(EXPERTS, HIDDEN, seed=9).to(device))
+    natural = router(x)[1]
+    assert 0 < int((natural != experts).any(1).sum()) < TOKENS
+    with RouterReplay(model[0]).record() as _, replay.play():
+        y, route = model[0](x, return_route=True)
+        model[1](y)
+    assert torch.equal(route.experts, experts)
+    assert route.counts.flatten().tolist() == [int((experts == e).sum()) for e in range(EXPERTS)]
+    weight = router.weight.detach().cpu().double().requires_grad_()
+    logits = x.cpu().double() @ weight.T
+    picked = logits.gather(1, experts.cpu().long())
+    expected = {
+        "softmax": lambda: logits.softmax(1).gather(1, experts.cpu().long()),
+        "softmax_selected": lambda: picked.softmax(1),
+        "sigmoid": lambda: picked.sigmoid() / picked.sigmoid().sum(1, keepdim=True),
+    }[score]()
+    torch.testing.assert_close(route.weights.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    cotangent = randn(TOKENS, TOP_K, seed=10)
+    (grad,) = torch.autograd.grad((route.weights * cotangent.to(device)).sum(), router.weight)
+    (expected_grad,) = torch.autograd.grad((expected * cotangent.double()).sum(), weight)
+    torch.testing.assert_close(grad.cpu().double(), expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_recorded_weights_hold_jitter(device):
+    model, x = layers(device, jitter=0.5), randn(TOKENS, HIDDEN, seed=11).to(device)
+    replay = RouterReplay(model)
+    with replay.record():
+        expected = model(x)
+    assert not torch.equal(model(x), expected)
+    with replay.play(weights="recorded"):
+        assert_bitwise_equal(model(x), expected)
+
+
+def test_what_was_not_recorded_is_refused(device):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=12).to(device)
+    replay = RouterReplay(model)
+    with replay.record():
+        model(x)
+    with pytest.raises(ValueError, match=r"0.router must route .* \[40, 2\] as recorded, got \[39, 2\]"), replay.play():
+        model(x[1:])
+    with pytest.raises(RuntimeError, match=r"0.router was recorded 1 times, but called 0 times"), replay.play():
+        pass
+    with pytest.raises(RuntimeError, match=r"0.router was recorded 1 times, and is called again"), replay.play():
+        model(x)
+        model(x)
+    with pytest.raises(ValueError, match=r"must have a moe_ops.nn router, got none"):
+        RouterReplay(torch.nn.Linear(2, 2))
+    assert torch.equal(model(x), model(x))
