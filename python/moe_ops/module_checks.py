@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks
-from moe_ops.types import RouteResult
+from moe_ops.types import NoisyRouteResult, RouteResult
 
 
 def load(op: str, route: Any) -> tuple[Tensor, Tensor]:
     """The statistics that the load-balancing loss reads: counts and mean_prob."""
-    if isinstance(route, RouteResult):
+    if isinstance(route, (RouteResult, NoisyRouteResult)):
         counts, mean_prob = route.counts, route.mean_prob
     elif isinstance(route, (tuple, list)) and len(route) == 2:
         counts, mean_prob = route
@@ -43,6 +43,16 @@ def tokens(op: str, x: Any, hidden: int) -> None:
     checks.floats(op, "x", x, f"[..., {hidden}]", x.dim())
 
 
+def token_ids(op: str, value: Any, x: Tensor) -> Tensor | None:
+    """The vocabulary ids of tokens x [..., hidden], flattened."""
+    if value is None:
+        return None
+    checks.ids(op, "token_ids", value, str(list(x.shape[:-1])), x.dim() - 1)
+    checks.shape(op, "token_ids", value, "[...]", tuple(x.shape[:-1]))
+    checks.same_device(op, "token_ids", value, "x", x)
+    return value.reshape(-1)
+
+
 def parameters(op: str, dtype: Any) -> None:
     """The dtype of a module's parameters."""
     if dtype is not None and dtype not in checks.FLOATS:
@@ -53,6 +63,11 @@ def parameters(op: str, dtype: Any) -> None:
 def instance(op: str, name: str, value: Any, types: tuple[type, ...], expected: str) -> None:
     if not isinstance(value, types):
         raise TypeError(f"{op}: {name} must be {expected}, got {checks.kind(value)}")
+
+
+def pair(op: str, name: str, value: Any, layout: str) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{op}: {name} must be a pair {layout}, got {checks.kind(value)}")
 
 
 def sizes(op: str, **values: Any) -> None:

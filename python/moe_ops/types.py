@@ -51,6 +51,23 @@ class RouteResult(NamedTuple):
     logsumexp: torch.Tensor
 
 
+class NoisyRouteResult(NamedTuple):
+    """RouteResult and the smooth load of `nn.NoisyTopKRouter`.
+
+    Attributes:
+        weights, experts, counts, mean_prob, logsumexp: as in RouteResult.
+        load: [E], how many tokens an expert gets, expected over the noise (Shazeer et al. 2017, equation 10); without
+            noise the counts, which have no gradient.
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+    counts: torch.Tensor
+    mean_prob: torch.Tensor
+    logsumexp: torch.Tensor
+    load: torch.Tensor
+
+
 class PackedWeight(NamedTuple):
     """An expert weight [E, N, K] packed by moe_ops.prepack, for grouped_gemm and moe_mlp without gradients.
 

@@ -1,7 +1,29 @@
-"""Modules over the operators: Router chooses the experts, Experts holds and applies them, MoE is the whole layer."""
+"""Modules over the operators: a router chooses the experts, Experts holds and applies them, MoE is the whole layer."""
 
+from moe_ops.nn import init
+from moe_ops.nn.expert_choice import ExpertChoiceRouter
 from moe_ops.nn.experts import Experts
+from moe_ops.nn.hashing import HashRouter, balanced_table
+from moe_ops.nn.hierarchical import HierarchicalRouter
 from moe_ops.nn.moe import MoE
+from moe_ops.nn.noisy import NoisyTopKRouter
 from moe_ops.nn.router import Router
+from moe_ops.nn.router_base import LinearRouter, RouterBase
+from moe_ops.nn.sparse_mixer import SparseMixerRouter
+from moe_ops.nn.switch import SwitchRouter
 
-__all__ = ["Experts", "MoE", "Router"]
+__all__ = [
+    "ExpertChoiceRouter",
+    "Experts",
+    "HashRouter",
+    "HierarchicalRouter",
+    "LinearRouter",
+    "MoE",
+    "NoisyTopKRouter",
+    "Router",
+    "RouterBase",
+    "SparseMixerRouter",
+    "SwitchRouter",
+    "balanced_table",
+    "init",
+]

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_ops import checks, module_checks
 from moe_ops.nn.experts import Experts
 from moe_ops.nn.router import Router
+from moe_ops.nn.router_base import RouterBase
 from moe_ops.types import RouteResult
 
 
@@ -20,7 +21,7 @@ class MoE(torch.nn.Module):
 
     Args:
         hidden, inner, num_experts, top_k: sizes; inner is that of one expert.
-        router: the options of a `Router` as a mapping, or a Router made before.
+        router: the options of a `Router` as a mapping, or a router made before: any RouterBase of the same sizes.
         shared_inner: inner size of a shared expert that every token sees; 0 for none.
         shared_gate: weighs the shared expert's output by sigmoid(linear(x)) per token (Qwen2-MoE).
         latent: the routed experts work on a projection of x to this size, and their sum is projected back; router and
@@ -39,7 +40,7 @@ class MoE(torch.nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        router: Router | Mapping[str, Any] | None = None,
+        router: RouterBase | Mapping[str, Any] | None = None,
         shared_inner: int = 0,
         shared_gate: bool = False,
         latent: int | None = None,
@@ -58,13 +59,11 @@ class MoE(torch.nn.Module):
             raise ValueError("MoE: shared_gate needs a shared expert, got shared_inner=0")
         if latent is not None:
             module_checks.sizes("MoE", latent=latent)
-        if capacity_factor is not None:
-            checks.number("MoE", "capacity_factor", capacity_factor, positive=True)
         checks.option("MoE", "drop_policy", drop_policy, checks.DROP_POLICIES)
         module_checks.parameters("MoE", dtype)
         expected = "a Router, a mapping of its options or None"
-        module_checks.instance("MoE", "router", router, (Router, Mapping, type(None)), expected)
-        if not isinstance(router, Router):
+        module_checks.instance("MoE", "router", router, (RouterBase, Mapping, type(None)), expected)
+        if not isinstance(router, RouterBase):
             router = Router(hidden, num_experts, top_k, device=device, dtype=dtype, **(router or {}))
         sizes = (router.hidden, router.num_experts, router.top_k)
         if sizes != (hidden, num_experts, top_k):
@@ -75,19 +74,33 @@ class MoE(torch.nn.Module):
         def linear(wide: int, out: int) -> torch.nn.Linear:
             return torch.nn.Linear(wide, out, bias=False, device=device, dtype=dtype)
 
-        self.hidden, self.capacity_factor, self.drop_policy = hidden, capacity_factor, drop_policy
-        # The factor as it was written, in integers: 1.1 · 50 is 55 rows, and a symbolic number of tokens stays one.
-        self.capacity_ratio: tuple[int, int] | None = None
-        if capacity_factor is not None:
-            self.capacity_ratio = (Fraction(str(capacity_factor)) * top_k / num_experts).as_integer_ratio()
+        self.hidden, self.drop_policy = hidden, drop_policy
         options = {**options, "device": device, "dtype": dtype}
         self.router = router
+        self.capacity_factor = capacity_factor
         self.experts = Experts(num_experts, latent or hidden, inner, weight_on=weight_on, **options)
         self.latent_in = linear(hidden, latent) if latent else None
         self.latent_out = linear(latent, hidden) if latent else None
         # One expert that every token chooses: the same formula, and the same memory law, as the routed ones.
         self.shared = Experts(1, hidden, shared_inner, **options) if shared_inner else None
         self.shared_gate = linear(hidden, 1) if shared_gate else None
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """Of the rows an expert takes; may be set between steps."""
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        # The factor as it was written, in integers: 1.1 · 50 is 55 rows, and a symbolic number of tokens stays one.
+        self.capacity_ratio: tuple[int, int] | None = None
+        if factor is not None:
+            checks.number("MoE", "capacity_factor", factor, positive=True)
+            if not self.router.token_choice:
+                raise ValueError(f"MoE: capacity_factor must be None where experts choose, got {factor}")
+            share = Fraction(self.router.top_k, self.router.num_experts)
+            self.capacity_ratio = (Fraction(str(factor)) * share).as_integer_ratio()
+        self._capacity_factor = factor
 
     def capacity(self, tokens: int) -> int | None:
         """Rows an expert takes from a batch of this many tokens; None where there is no limit."""
@@ -98,16 +111,34 @@ class MoE(torch.nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, *, return_route: Literal[False] = False, segments: Tensor | None = None, num_segments: int = 1
+        self,
+        x: Tensor,
+        *,
+        return_route: Literal[False] = False,
+        segments: Tensor | None = None,
+        num_segments: int = 1,
+        token_ids: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, x: Tensor, *, return_route: Literal[True], segments: Tensor | None = None, num_segments: int = 1
+        self,
+        x: Tensor,
+        *,
+        return_route: Literal[True],
+        segments: Tensor | None = None,
+        num_segments: int = 1,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, RouteResult]: ...
 
     def forward(
-        self, x: Tensor, *, return_route: bool = False, segments: Tensor | None = None, num_segments: int = 1
+        self,
+        x: Tensor,
+        *,
+        return_route: bool = False,
+        segments: Tensor | None = None,
+        num_segments: int = 1,
+        token_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RouteResult]:
         """Applies the layer to x [..., hidden].
 
@@ -115,23 +146,27 @@ class MoE(torch.nn.Module):
             return_route: also returns the RouteResult, from which the losses and `Router.update_bias` work.
             segments, num_segments: which sequence each of the flattened tokens belongs to, for RouteResult's counts and
                 mean_prob, as in `moe_ops.route`.
+            token_ids: [...], the tokens' vocabulary ids, where the router is a `HashRouter`.
 
         Returns:
             y, of x's shape and dtype, or (y, RouteResult).
         """
         module_checks.tokens("MoE", x, self.hidden)
         checks.flag("MoE", "return_route", return_route)
+        token_ids = module_checks.token_ids("MoE", token_ids, x)
         tokens = x.reshape(-1, self.hidden)
         route = None
         if return_route:
-            route = self.router(tokens, stats=True, segments=segments, num_segments=num_segments)
+            statistics = {"segments": segments, "num_segments": num_segments}
+            route = self.router(tokens, stats=True, token_ids=token_ids, **statistics)
             weights, experts = route.weights, route.experts
         else:
-            weights, experts = self.router(tokens)
+            weights, experts = self.router(tokens, token_ids=token_ids)
         inputs = tokens if self.latent_in is None else self.latent_in(tokens)
         capacity = self.capacity(tokens.shape[0])
         # plan, permute, grouped_gemm, grouped_gemm and combine, in one.
-        y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy)
+        plan = self.router.plan(experts)
+        y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy, plan=plan)
         if self.latent_out is not None:
             y = self.latent_out(y)
         if self.shared is not None:

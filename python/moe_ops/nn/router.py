@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ops import checks, module_checks, ops
-from moe_ops.types import RouteResult
+from moe_ops.nn.router_base import LinearRouter
 
 
-class Router(torch.nn.Module):
+class Router(LinearRouter):
     """Chooses top_k of num_experts for every token: `route(x @ weight.T + bias, top_k, ...)`.
 
-    The linear layer runs in float32 (float64 for float64 tokens or weights), also under autocast: a weight held in
-    bfloat16 is upcast for the product, so near-ties between experts are not settled by rounding.
-
     Args:
-        hidden, num_experts, top_k: sizes; weight is [num_experts, hidden].
-        bias: adds a learned bias [num_experts] to the logits.
+        hidden, num_experts, top_k, bias, jitter: as in `LinearRouter`.
         score, groups, group_score, group_mask, renormalize, eps, p, scale, softcap: as in `moe_ops.route`.
         expert_scale: learns a factor per expert (`expert_scale` [num_experts], ones at first) on the route weights.
         correction_bias: keeps a buffer `selection_bias` [num_experts], float32 whatever the module is cast to, that is
             added to the scores for the choice only and moved by `update_bias` (Wang et al. 2024,
-            "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts").
-        jitter: in training, tokens are multiplied by uniform noise in [1 - jitter, 1 + jitter] before they are scored
-            (Fedus et al. 2022, "Switch Transformers"); the experts still see the tokens as they are.
+            "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv:2408.15664) or, at every step of
+            an optimizer, by `LossFreeBalancing`.
 
-    The weight starts as that of `torch.nn.Linear`, uniform within 1/sqrt(hidden), drawn from torch's generator;
-    the biases start at zero.
+    DeepSeek-V3 (arXiv:2412.19437) is score="sigmoid", groups=(8, 4), renormalize=True, scale=2.5, correction_bias=True;
+    DBRX renormalize="pnorm", p=1.
     """
 
     selection_bias: Tensor | None
@@ -58,13 +52,8 @@ class Router(torch.nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        module_checks.sizes("Router", hidden=hidden, num_experts=num_experts)
-        module_checks.flags("Router", bias=bias, expert_scale=expert_scale, correction_bias=correction_bias)
-        if not 0 <= checks.number("Router", "jitter", jitter) < 1:
-            raise ValueError(f"Router: jitter must be in [0, 1), got {jitter}")
-        module_checks.parameters("Router", dtype)
-        self.hidden, self.num_experts, self.top_k, self.jitter = hidden, num_experts, top_k, jitter
+        super().__init__(hidden, num_experts, top_k, bias=bias, jitter=jitter, device=device, dtype=dtype)
+        module_checks.flags(type(self).__name__, expert_scale=expert_scale, correction_bias=correction_bias)
         self.options: dict[str, Any] = {
             "score": score,
             "groups": groups,
@@ -78,63 +67,24 @@ class Router(torch.nn.Module):
         }
         # No tokens: route's own checks see the options here, not in the first forward.
         ops.route(torch.empty(0, num_experts, device="cpu"), top_k, **self.options)
-
-        def parameter(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.weight = parameter(num_experts, hidden)
-        self.bias = parameter(num_experts) if bias else None
-        self.expert_scale = parameter(num_experts) if expert_scale else None
+        self.expert_scale = None
+        if expert_scale:
+            self.expert_scale = torch.nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
         selection_bias = torch.empty(num_experts, device=device, dtype=torch.float32) if correction_bias else None
         self.register_buffer("selection_bias", selection_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the weight anew; biases become zero and expert scales one."""
-        bound = self.hidden**-0.5
-        torch.nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            torch.nn.init.zeros_(self.bias)
+        super().reset_parameters()
         if self.expert_scale is not None:
             torch.nn.init.ones_(self.expert_scale)
         if self.selection_bias is not None:
             self.selection_bias.zero_()
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The scores before route: x [..., hidden] -> [tokens, num_experts], float32 or float64."""
-        module_checks.tokens("Router", x, self.hidden)
-        checks.same_device("Router", "x", x, "weight", self.weight)
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        x = x.reshape(-1, self.hidden).to(dtype)
-        if self.training and self.jitter > 0:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        has_autocast = x.device.type != "meta"
-        with torch.autocast(x.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return torch.nn.functional.linear(x, self.weight.to(dtype), bias)
-
-    @overload
-    def forward(
-        self, x: Tensor, *, stats: Literal[False] = False, segments: Tensor | None = None, num_segments: int = 1
-    ) -> tuple[Tensor, Tensor]: ...
-
-    @overload
-    def forward(
-        self, x: Tensor, *, stats: Literal[True], segments: Tensor | None = None, num_segments: int = 1
-    ) -> RouteResult: ...
-
-    def forward(
-        self, x: Tensor, *, stats: bool = False, segments: Tensor | None = None, num_segments: int = 1
-    ) -> tuple[Tensor, Tensor] | RouteResult:
-        """Routes x [..., hidden], its leading dimensions flattened to tokens.
-
-        Returns what `moe_ops.route` returns: (weights, experts), both [tokens, top_k], or with stats a RouteResult,
-        whose counts, mean_prob and logsumexp are what the losses and `update_bias` need.
-        """
+    def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         options = {**self.options, "selection_bias": self.selection_bias, "expert_scale": self.expert_scale}
-        options |= {"stats": stats, "segments": segments, "num_segments": num_segments}
-        result: tuple[Tensor, Tensor] | RouteResult = ops.route(self.logits(x), self.top_k, **options)
-        return result
+        return ops.route(self.logits(x), self.top_k, **options, **statistics)
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, rate: float) -> None:
@@ -164,4 +114,4 @@ class Router(torch.nn.Module):
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return f"hidden={self.hidden}, num_experts={self.num_experts}, top_k={self.top_k}, {options}"
+        return f"{super().extra_repr()}, {options}"
