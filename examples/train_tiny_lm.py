@@ -233,7 +233,8 @@ def sample(model: LanguageModel, text: Text, length: int, args: argparse.Namespa
     return "".join(text.alphabet[i] for i in ids[0, 1:].tolist())
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; arguments is the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--steps", type=int, default=200)
@@ -253,7 +254,7 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, default=3e-3)
     add("--aux-alpha", type=float, default=0.01, help="factor of the load-balancing loss (Fedus et al. 2022)")
     add("--bias-rate", type=float, default=0.003, help="step of the loss-free bias update (Wang et al. 2024)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.steps < 1:
         parser.error(f"argument --steps: expected at least 1, got {args.steps}")
     if args.plot and find_spec("matplotlib") is None:
