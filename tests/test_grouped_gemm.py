@@ -187,6 +187,17 @@ def test_no_experts_no_rows_no_columns(device, instruction_set):
         compare(product(offsets_of([rows // 2] * experts)), tensors, device, needs, exact=True)
 
 
+def test_rows_beyond_int32(device, pytestconfig):
+    """Offsets end at 2^31 - 1; the walk over tiles counts rows as they do, and says so."""
+    a = torch.zeros(1, 1, device=device).expand(2**31, 1)
+    w, offsets = torch.zeros(1, 0, 1, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    if pytestconfig.getoption("--device") == "cpu":
+        assert moe_ops.grouped_gemm(a, w, offsets).shape == (2**31, 0)
+        return
+    with pytest.raises((RuntimeError, ValueError), match=r"fewer than 2\^31 rows, got 2147483648"):
+        moe_ops.grouped_gemm(a, w, offsets)
+
+
 def test_nan_stays_where_it_belongs(device, instruction_set):
     """A row's NaN reaches that row and its expert's weight gradient; rows behind the last expert reach nothing."""
     counts = [20, 0, 15]

@@ -42,7 +42,7 @@ def run(program, *arguments, seed=0):
 def test_instructions(seed, compiled):
     status, text = run(compiled("instructions"), seed=seed)
     assert status == 0, text
-    assert len(re.findall(": right", text)) == 9
+    assert len(re.findall(": right", text)) == 12
 
 
 # What the emulator says of each fault; "wrong" is what a comparison of results says.

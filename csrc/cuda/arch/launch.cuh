@@ -15,8 +15,11 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+// CUDA also keeps an error for whoever asks for the last one: it is taken away, or torch's next launch would report it
+// as its own. An error that broke the context stays.
 inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();
   throw std::runtime_error(std::string("moe_ops: CUDA error in ") + where.function_name() + ": " +
                            cudaGetErrorString(status));
 }

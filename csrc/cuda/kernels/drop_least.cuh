@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/arch/warp.cuh"
+#include "cuda/kernels/digits.cuh"
 #include "cuda/kernels/plan_shared.cuh"
 #include "stages/params.h"
 
@@ -57,24 +58,18 @@ struct Keys {
   }
 };
 
-// One warp finds the digit of the `left`-th highest key, and how many keys of this digit stay.
-__device__ inline void find_digit(PlanShared& shared, const DropTeam& team, int32_t left) {
-  constexpr int mine = 8;  // digits of a lane, the highest first
-  int32_t count[mine], sum = 0;
-  for (int i = 0; i < mine; ++i) {
-    count[i] = 0;
-    for (int warp = 0; warp < team.warps; ++warp)
-      count[i] += shared.counts[team.first_warp + warp][255 - (arch::lane_id() * mine + i)];
-    sum += count[i];
-  }
-  int32_t above = scan_warp(sum) - sum;
-  for (int i = 0; i < mine; ++i) {
-    if (above < left && left <= above + count[i]) {
-      shared.digit[team.first_warp] = 255 - (arch::lane_id() * mine + i);
-      shared.left[team.first_warp] = left - above;
-    }
-    above += count[i];
-  }
+// By one warp: the digit of the `left`-th highest key, and how many keys of this digit stay.
+__device__ inline void find_threshold(PlanShared& shared, const DropTeam& team, int32_t left) {
+  find_digit(
+      left,
+      [&](int digit) {
+        int32_t count = 0;
+        for (int warp = 0; warp < team.warps; ++warp) count += shared.counts[team.first_warp + warp][digit];
+        return count;
+      },
+      [&](int digit, int32_t stay, int32_t) {
+        shared.digit[team.first_warp] = digit, shared.left[team.first_warp] = stay;
+      });
 }
 
 __device__ inline void drop_least(const DropLeast& drop, PlanShared& shared, const DropTeam& team, int32_t expert) {
@@ -96,7 +91,7 @@ __device__ inline void drop_least(const DropLeast& drop, PlanShared& shared, con
       }
     }
     team.sync();  // all have counted
-    if (team.rank() == 0) find_digit(shared, team, left);
+    if (team.rank() == 0) find_threshold(shared, team, left);
     team.sync();  // the digit is known, the counts are read
     threshold |= uint64_t(shared.digit[team.first_warp]) << shift;
     left = shared.left[team.first_warp];

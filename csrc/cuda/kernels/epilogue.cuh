@@ -119,7 +119,7 @@ MOE_INLINE void activate_tile(const GroupedGemmParams& p, const Tile& tile, cons
 }
 
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
-// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a row ahead.
+// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H and s are read a row ahead.
 template <class T, int rows, int cols>
 MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile,
                                        const Products<rows, cols>& products, float* parts, int col_tiles) {
@@ -131,37 +131,42 @@ MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& t
   const auto columns = [&](int pair) -> GateUpColumns {
     return {p.activation, tile.col_begin + lanes.col + 64 * pair, p.n, count(pair)};
   };
-  const auto read_row = [&](int row, GateUp(&h)[pairs]) {
+  struct Row {
+    GateUp h[pairs];
+    float score;
+  };
+  const auto read_row = [&](int row, Row& to) {
     if (row >= tile.rows) return;
+    to.score = p.score.data ? read(p.score, slot_of(p.a, tile.row_begin + row)) : 1;
 #pragma unroll
     for (int pair = 0; pair < pairs; ++pair) {
       const GateUpColumns at = columns(pair);
-      h[pair] = at.split(pre.load(tile.row_begin + row, at.first, at.first_count),
-                         pre.load(tile.row_begin + row, at.second, at.second_count));
+      to.h[pair] = at.split(pre.load(tile.row_begin + row, at.first, at.first_count),
+                            pre.load(tile.row_begin + row, at.second, at.second_count));
     }
   };
 
-  GateUp h[pairs] = {}, next[pairs] = {};
-  read_row(lanes.warp, h);
+  Row now{}, next{};
+  read_row(lanes.warp, now);
   for (int i = lanes.warp; i < tile.rows; i += lanes.warps) {
     read_row(i + lanes.warps, next);
     const int64_t row = tile.row_begin + i;
-    const float score = p.score.data ? read(p.score, slot_of(p.a, row)) : 1;
+    const float score = now.score;
     float share = 0;
 #pragma unroll
     for (int pair = 0; pair < pairs; ++pair) {
       const int n = count(pair), col = lanes.col + 64 * pair;
       const GateUpColumns at = columns(pair);
       const float2 grad = n > 0 ? products.pair(i, col) : float2{0, 0};
-      const auto x = Math::backward(p.activation, h[pair].gate.x, h[pair].up.x, score * grad.x);
-      const auto y = Math::backward(p.activation, h[pair].gate.y, h[pair].up.y, score * grad.y);
+      const auto x = Math::backward(p.activation, now.h[pair].gate.x, now.h[pair].up.x, score * grad.x);
+      const auto y = Math::backward(p.activation, now.h[pair].gate.y, now.h[pair].up.y, score * grad.y);
       const GateUp grad_h{{x.gate, y.gate}, {x.up, y.up}};
       out.store(row, tile.col_begin + col, {score * x.value, score * y.value}, n);
       grad_pre.store(row, at.first, at.first_of(grad_h), at.first_count);
       grad_pre.store(row, at.second, at.second_of(grad_h), at.second_count);
       share += (n > 0 ? grad.x * x.value : 0) + (n > 1 ? grad.y * y.value : 0);
-      h[pair] = next[pair];
     }
+    now = next;
     if (parts) {
       share = sum_of_warp(share);
       if (lanes.col == 0) parts[row * col_tiles + tile.col_begin / cols] = share;

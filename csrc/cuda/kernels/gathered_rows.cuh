@@ -1,7 +1,6 @@
-// Where the rows of an operand lie, and which of them an expert has.
+// Where the rows of an operand lie, and what they are scaled by.
 #pragma once
 
-#include "cuda/arch/warp.cuh"
 #include "cuda/kernels/math.cuh"
 #include "stages/params.h"
 
@@ -26,31 +25,6 @@ __device__ __forceinline__ const T* row_at(const GatheredRows& from, int64_t slo
 
 __device__ __forceinline__ float scale_at(const GatheredRows& from, int64_t slot) {
   return from.scale.data ? read(from.scale, slot) : 1;
-}
-
-// Values [n] from `from` on, of which the first `left` are there and the others zeros. aligned: from is, to the size of
-// n values.
-template <class T, int n>
-__device__ __forceinline__ arch::Pack<T, n> load_values(const T* from, int64_t left, bool aligned) {
-  if (aligned && left >= n) return arch::load<arch::Pack<T, n>>(from);
-  arch::Pack<T, n> out;
-#pragma unroll
-  for (int i = 0; i < n; ++i) out[i] = i < left ? from[i] : from_float<T>(0);
-  return out;
-}
-
-struct RowRange {
-  int64_t begin, end;
-};
-
-// An expert's rows, by the lanes of a warp together: offsets as every device reads them, from 0, within 0..num_rows,
-// never falling.
-__device__ __forceinline__ RowRange rows_of_expert(const int32_t* offsets, int64_t expert, int64_t num_rows) {
-  int64_t begin = 0;
-  for (int64_t e = 1 + arch::lane_id(); e <= expert; e += 32) begin = max(begin, int64_t(offsets[e]));
-  for (int distance = 16; distance > 0; distance /= 2) begin = max(begin, arch::shuffle_xor(begin, distance));
-  begin = min(begin, num_rows);
-  return {begin, max(begin, min(int64_t(offsets[expert + 1]), num_rows))};
 }
 
 }  // namespace moe

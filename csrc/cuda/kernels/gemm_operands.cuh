@@ -8,6 +8,7 @@
 #include "cuda/kernels/gemm_config.h"
 #include "cuda/kernels/shared_tile.cuh"
 #include "cuda/kernels/tile_walk.cuh"
+#include "cuda/kernels/values.cuh"
 
 namespace moe {
 
@@ -78,21 +79,16 @@ __host__ __device__ inline bool weights_are_aligned(const GroupedGemmParams& p) 
 template <class T, class S>
 MOE_INLINE arch::Pack<T, 16 / sizeof(T)> read_chunk(const S* from, int n, const Source& source, float scale) {
   constexpr int size = 16 / sizeof(T), part = 16 / sizeof(S);
-  float values[size];
-  if (source.aligned && n == size) {
-#pragma unroll
-    for (int i = 0; i < size; i += part) {
-      const auto pack = arch::load<arch::Pack<S, part>>(from + i);
-#pragma unroll
-      for (int j = 0; j < part; ++j) values[i + j] = to_float(pack[j]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < size; ++i) values[i] = i < n ? to_float(from[i]) : 0.0f;
-  }
   arch::Pack<T, size> out;
 #pragma unroll
-  for (int i = 0; i < size; ++i) out[i] = from_float<T>(source.scaled && i < n ? values[i] * scale : values[i]);
+  for (int i = 0; i < size; i += part) {
+    const auto values = load_values<S, part>(from + i, n - i, source.aligned);
+#pragma unroll
+    for (int j = 0; j < part; ++j) {
+      const float value = to_float(values[j]);
+      out[i + j] = from_float<T>(source.scaled && i + j < n ? value * scale : value);
+    }
+  }
   return out;
 }
 
@@ -109,41 +105,54 @@ MOE_INLINE void load_chunk(T* to, const Source& source, int64_t offset, int n, f
   }
 }
 
-// The rows of A that a tile multiplies: [rows, depth] at a time. A thread copies one column of chunks, every kStep
-// rows.
-template <class T, class Config, bool direct>
-class RowTiles {
-  static constexpr GemmConfig config = Config::value;
-
+// What a tile multiplies of an operand with unit stride along K: [rows, depth] at a time. A thread copies one column of
+// chunks, every kStep rows.
+template <class T, class Config, int rows, bool direct>
+class AlongK {
  public:
-  using Shared = SharedTile<T, config.rows, config.depth>;
-
-  MOE_INLINE RowTiles(const GroupedGemmParams& p, const Tile& tile)
-      : source_{p.a.rows.data, p.a.rows.dtype, rows_are_aligned(p.a), p.a.scale.data != nullptr} {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t slot = slot_of(p.a, tile.row_begin + min(row() + i * kStep, tile.rows - 1));
-      offsets_[i] = row_at<T>(p.a, slot) - static_cast<const T*>(p.a.rows.data) + chunk() * Shared::kChunk;
-      scales_[i] = direct ? 1 : scale_at(p.a, slot);
-    }
-  }
+  using Shared = SharedTile<T, rows, Config::value.depth>;
 
   // The step that begins at k of the reduction; `left` values remain from there.
   MOE_INLINE void load(Shared& to, int64_t k, int64_t left) const {
     const int n = int(max(min(left - chunk() * Shared::kChunk, int64_t(Shared::kChunk)), int64_t(0)));
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      load_chunk<T, direct>(to.at(row() + i * kStep, chunk()), source_, offsets_[i] + k, n, scales_[i]);
+      load_chunk<T, direct>(to.at(row(i), chunk()), source_, offsets_[i] + k, n, scales_[i]);
+  }
+
+ protected:
+  static constexpr int kStep = Config::value.threads() / Shared::kRowChunks, kCount = rows / kStep;
+
+  MOE_INLINE explicit AlongK(const Source& source) : source_(source) {}
+
+  static MOE_INLINE int row(int i) { return int(threadIdx.x) / Shared::kRowChunks + i * kStep; }
+
+  // Where row(i) begins.
+  MOE_INLINE void place(int i, int64_t offset, float scale) {
+    offsets_[i] = offset + chunk() * Shared::kChunk;
+    scales_[i] = scale;
   }
 
  private:
-  static constexpr int kStep = config.threads() / Shared::kRowChunks, kCount = config.rows / kStep;
-  static MOE_INLINE int row() { return int(threadIdx.x) / Shared::kRowChunks; }
   static MOE_INLINE int chunk() { return int(threadIdx.x) % Shared::kRowChunks; }
 
   Source source_;
   int64_t offsets_[kCount];
   float scales_[kCount];
+};
+
+// The rows of A that a tile multiplies.
+template <class T, class Config, bool direct>
+class RowTiles : public AlongK<T, Config, Config::value.rows, direct> {
+ public:
+  MOE_INLINE RowTiles(const GroupedGemmParams& p, const Tile& tile)
+      : RowTiles::AlongK({p.a.rows.data, p.a.rows.dtype, rows_are_aligned(p.a), p.a.scale.data != nullptr}) {
+#pragma unroll
+    for (int i = 0; i < this->kCount; ++i) {
+      const int64_t slot = slot_of(p.a, tile.row_begin + min(this->row(i), tile.rows - 1));
+      this->place(i, row_at<T>(p.a, slot) - static_cast<const T*>(p.a.rows.data), direct ? 1 : scale_at(p.a, slot));
+    }
+  }
 };
 
 MOE_INLINE Source weights_of_expert(const GroupedGemmParams& p, int expert) {
@@ -152,38 +161,20 @@ MOE_INLINE Source weights_of_expert(const GroupedGemmParams& p, int expert) {
   return {static_cast<const char*>(w.data) + expert * w.expert_stride * size, w.dtype, weights_are_aligned(p), false};
 }
 
-// The weights that a tile multiplies. With unit stride along K: [cols, depth] at a time.
+// The weights that a tile multiplies.
 template <class T, class Config, bool k_major, bool direct>
-class WeightTiles {
-  static constexpr GemmConfig config = Config::value;
-
+class WeightTiles : public AlongK<T, Config, Config::value.cols, direct> {
  public:
-  using Shared = SharedTile<T, config.cols, config.depth>;
-
-  MOE_INLINE WeightTiles(const GroupedGemmParams& p, const Tile& tile) : source_(weights_of_expert(p, tile.expert)) {
-    const WeightColumns columns = weight_columns(p, tile, config.cols);
+  MOE_INLINE WeightTiles(const GroupedGemmParams& p, const Tile& tile)
+      : WeightTiles::AlongK(weights_of_expert(p, tile.expert)) {
+    const WeightColumns columns = weight_columns(p, tile, Config::value.cols);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      offsets_[i] = columns.template at<config.cols>(row() + i * kStep) * p.weight.n_stride + chunk() * Shared::kChunk;
+    for (int i = 0; i < this->kCount; ++i)
+      this->place(i, columns.template at<Config::value.cols>(this->row(i)) * p.weight.n_stride, 1);
   }
-
-  MOE_INLINE void load(Shared& to, int64_t k, int64_t left) const {
-    const int n = int(max(min(left - chunk() * Shared::kChunk, int64_t(Shared::kChunk)), int64_t(0)));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      load_chunk<T, direct>(to.at(row() + i * kStep, chunk()), source_, offsets_[i] + k, n);
-  }
-
- private:
-  static constexpr int kStep = config.threads() / Shared::kRowChunks, kCount = config.cols / kStep;
-  static MOE_INLINE int row() { return int(threadIdx.x) / Shared::kRowChunks; }
-  static MOE_INLINE int chunk() { return int(threadIdx.x) % Shared::kRowChunks; }
-
-  Source source_;
-  int64_t offsets_[kCount];
 };
 
-// With unit stride along N: [depth, cols] at a time.
+// With unit stride along N they come [depth, cols] at a time.
 template <class T, class Config, bool direct>
 class WeightTiles<T, Config, false, direct> {
   static constexpr GemmConfig config = Config::value;

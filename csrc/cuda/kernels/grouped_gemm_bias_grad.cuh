@@ -3,6 +3,8 @@
 
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/gathered_rows.cuh"
+#include "cuda/kernels/offsets.cuh"
+#include "cuda/kernels/values.cuh"
 
 namespace moe {
 
@@ -58,7 +60,7 @@ __device__ void sum_rows(const BiasGradLaunch& at, int64_t first, int64_t end, i
 
 template <class T>
 __global__ void __launch_bounds__(kBiasGradThreads, 2)
-    grouped_gemm_bias_grad(const __grid_constant__ BiasGradLaunch at) {
+    grouped_gemm_bias_grad_kernel(const __grid_constant__ BiasGradLaunch at) {
   constexpr int kVector = kBiasGradVector<T>, kCols = kBiasGradCols<T>;
   auto& shared = arch::shared<BiasGradShared<T>>();
   const int64_t expert = blockIdx.x / at.col_blocks, col_begin = blockIdx.x % at.col_blocks * kCols;

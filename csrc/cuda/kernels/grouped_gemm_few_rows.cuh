@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
 // The blocks' parts of a tile, and the epilogue.
 template <class T, int cols>
 __global__ void __launch_bounds__(kFewRowsThreads, 4)
-    grouped_gemm_few_rows_finish(const __grid_constant__ FewRowsLaunch at) {
+    grouped_gemm_few_rows_finish_kernel(const __grid_constant__ FewRowsLaunch at) {
   auto& products = arch::shared<Products<kFewRows<T>, cols>>();
   TileWalk walk(at.grid);
   if (!walk.seek(int(blockIdx.x))) return;

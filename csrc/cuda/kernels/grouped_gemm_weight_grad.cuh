@@ -12,7 +12,7 @@ inline constexpr int kGradStages = 4;
 template <class T, bool tensor_cores>
 union WeightGradShared {
   struct {
-    RowTile<T> grad, a;
+    GradTile<T> grad, a;
   } stages[kGradStages];
   typename OuterProducts<T, tensor_cores>::Staging staging;
 };
@@ -23,17 +23,17 @@ struct WeightGradLaunch {
   bool aligned_grad, aligned_a, aligned_out;  // may be read or written 16 bytes at a time
 };
 
-struct GradTile {
+struct GradPlace {
   int64_t expert, n, k;
 };
 
 // Blocks that run together read the same few columns: eight tiles along N by as many along K as it takes.
-__device__ __forceinline__ GradTile grad_tile(const WeightGradLaunch& at, int64_t block) {
+__device__ __forceinline__ GradPlace grad_place(const WeightGradLaunch& at, int64_t block) {
   constexpr int64_t kBand = 8;
   const int64_t of_expert = at.n_tiles * at.k_tiles, i = block % of_expert;
   const int64_t first = i / (kBand * at.k_tiles) * kBand, band = min(kBand, at.n_tiles - first);
   const int64_t within = i % (kBand * at.k_tiles);
-  return {block / of_expert, (first + within % band) * kGradTile, within / band * kGradTile};
+  return {block / of_expert, (first + within % band) * kGradCols, within / band * kGradCols};
 }
 
 // out[element ..] = or += values, of which the first `left` are wanted.
@@ -48,20 +48,17 @@ __device__ __forceinline__ void store_gradient(const WeightGradLaunch& at, int64
   arch::Pack<S, 4> out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = from_float<S>(values[i]);
-  if (at.aligned_out && left >= 4) return arch::store(to, out);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < left) to[i] = out[i];
+  store_values(to, out, left, at.aligned_out);
 }
 
 template <class T, bool tensor_cores>
 __global__ void __launch_bounds__(OuterProducts<T, tensor_cores>::kThreads, OuterProducts<T, tensor_cores>::kBlocks)
-    grouped_gemm_weight_grad(const __grid_constant__ WeightGradLaunch at) {
+    grouped_gemm_weight_grad_kernel(const __grid_constant__ WeightGradLaunch at) {
   using Products = OuterProducts<T, tensor_cores>;
   using Loader = RowLoader<T, Products::kThreads>;
   auto& shared = arch::shared<WeightGradShared<T, tensor_cores>>();
   const WeightGradParams& p = at.p;
-  const GradTile tile = grad_tile(at, blockIdx.x);
+  const GradPlace tile = grad_place(at, blockIdx.x);
   const RowRange rows = rows_of_expert(p.offsets, tile.expert, p.num_rows);
   const int64_t steps = ceil_div(rows.end - rows.begin, kGradDepth<T>);
   if (steps == 0 && p.accumulate) return;

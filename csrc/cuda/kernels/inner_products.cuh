@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/float_sums.cuh"
 #include "cuda/kernels/gemm_config.h"
 #include "cuda/kernels/shared_tile.cuh"
 
@@ -66,8 +67,7 @@ class WarpProducts {
 };
 
 // A thread's part of the products in float32, [8, 8]; a warp's is [32, 64]. Four terms of eight rows stand in registers
-// while columns stream by; lanes side by side read different banks. A float32 sum of many terms loses bits: every
-// kStepsOfPart steps are summed apart.
+// while columns stream by; lanes side by side read different banks.
 template <class Config, bool k_major>
 class ThreadProducts {
  public:
@@ -88,7 +88,7 @@ class ThreadProducts {
 #pragma unroll
           for (int k = 0; k < 4; ++k)
 #pragma unroll
-            for (int i = 0; i < 8; ++i) part_[i][j] += rows[i][k] * terms[k];
+            for (int i = 0; i < 8; ++i) sums_.part[i][j] += rows[i][k] * terms[k];
         }
       } else {
 #pragma unroll
@@ -99,39 +99,29 @@ class ThreadProducts {
 #pragma unroll
             for (int i = 0; i < 8; ++i)
 #pragma unroll
-              for (int n = 0; n < 4; ++n) part_[i][j + n] += rows[i][k] * cols[n];
+              for (int n = 0; n < 4; ++n) sums_.part[i][j + n] += rows[i][k] * cols[n];
           }
       }
     }
-    if (++steps_ % kStepsOfPart == 0) add_part();
+    sums_.end_step();
   }
 
   MOE_INLINE void store(Products<config.rows, config.cols>& to, const float* bias) {
-    add_part();
+    sums_.add_part();
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) *to.at(first_row() + 4 * i, col(j)) = sums_[i][j] + bias[col(j)];
+      for (int i = 0; i < 8; ++i) *to.at(first_row() + 4 * i, col(j)) = sums_.sums[i][j] + bias[col(j)];
   }
 
  private:
-  static constexpr int kStepsOfPart = 256 / config.depth;
-
   static MOE_INLINE int first_row() { return int(threadIdx.x) / 32 / config.warp_cols * 32 + arch::lane_id() / 8; }
   static MOE_INLINE int col(int j) {
     const int lane = arch::lane_id() % 8, first = int(threadIdx.x) / 32 % config.warp_cols * 64;
     return first + (k_major ? lane + 8 * j : 4 * lane + j % 4 + j / 4 * 32);
   }
 
-  MOE_INLINE void add_part() {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sums_[i][j] += part_[i][j], part_[i][j] = 0;
-  }
-
-  int steps_ = 0;
-  float part_[8][8] = {}, sums_[8][8] = {};
+  FloatSums<256 / config.depth> sums_;
 };
 
 template <class T, class Config, bool k_major>

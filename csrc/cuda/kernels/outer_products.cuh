@@ -1,27 +1,28 @@
-// What a block has summed up of a tile of grad^T . a [kGradTile, kGradTile], rows of grad and a added step by step: on
+// What a block has summed up of a tile of grad^T . a [kGradCols, kGradCols], rows of grad and a added step by step: on
 // tensor cores, floats rounded to TF32, or in float32.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/arch/mma.cuh"
-#include "cuda/kernels/row_tiles.cuh"
+#include "cuda/kernels/float_sums.cuh"
+#include "cuda/kernels/row_loader.cuh"
 
 namespace moe {
 
 // 16 columns of a tile by the rows from r on that one mma takes, 8 or 16: a fragment of the first operand, or two of
 // the second, in which the upper rows of a fragment come before its other columns.
 template <class T>
-__device__ __forceinline__ void load_columns(uint32_t (&out)[4], RowTile<T>& tile, int r, int col, bool second) {
+__device__ __forceinline__ void load_columns(uint32_t (&out)[4], GradTile<T>& tile, int r, int col, bool second) {
   const int lane = arch::lane_id();
   if constexpr (sizeof(T) == 2) {
     const int row = lane % 8 + (second ? lane / 8 % 2 : lane / 16) * 8, chunk = second ? lane / 16 : lane / 8 % 2;
-    arch::load_matrix_x4_transposed(out, tile.chunk(r + row, col / 8 + chunk));
+    arch::load_matrix_x4_transposed(out, tile.at(r + row, col / 8 + chunk));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = lane % 4 + (second ? i % 2 : i / 2) * 4, n = lane / 4 + (second ? i / 2 : i % 2) * 8;
-      out[i] = arch::to_tf32(tile.values[r + row][col + n]);
+      out[i] = arch::to_tf32(tile.at(r + row, (col + n) / 4)[n % 4]);
     }
   }
 }
@@ -38,7 +39,7 @@ class TensorCoreProducts {
     float values[4][32][72];
   };
 
-  __device__ __forceinline__ void add(RowTile<T>& grad, RowTile<T>& a) {
+  __device__ __forceinline__ void add(GradTile<T>& grad, GradTile<T>& a) {
 #pragma unroll
     for (int r = 0; r < kGradDepth<T>; r += 32 / int(sizeof(T))) {
       uint32_t left[4][4], right[4][4];  // [16 of n, rows] and twice [8 of k, rows]
@@ -96,51 +97,41 @@ class FloatProducts {
   static constexpr int kThreads = 256, kBlocks = 1;
   struct Staging {};
 
-  __device__ __forceinline__ void add(RowTile<float>& grad, RowTile<float>& a) {
+  __device__ __forceinline__ void add(GradTile<float>& grad, GradTile<float>& a) {
 #pragma unroll
     for (int r = 0; r < kGradDepth<float>; ++r) {
       Quad left[2], right[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        left[half] = arch::load<Quad>(&grad.values[r][64 * half + thread_n()]);
-        right[half] = arch::load<Quad>(&a.values[r][64 * half + thread_k()]);
+        left[half] = arch::load<Quad>(grad.at(r, (64 * half + thread_n()) / 4));
+        right[half] = arch::load<Quad>(a.at(r, (64 * half + thread_k()) / 4));
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) part_[i][j] += left[i / 4][i % 4] * right[j / 4][j % 4];
+        for (int j = 0; j < 8; ++j) sums_.part[i][j] += left[i / 4][i % 4] * right[j / 4][j % 4];
     }
-    if (++steps_ % kStepsOfPart == 0) add_part();
+    sums_.end_step();
   }
 
   template <class Put>
   __device__ __forceinline__ void write(Staging&, const Put& put) {
-    add_part();
+    sums_.add_part();
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* sums = sums_[i] + 4 * half;
+        const float* sums = sums_.sums[i] + 4 * half;
         put(64 * (i / 4) + thread_n() + i % 4, 64 * half + thread_k(), Quad{{sums[0], sums[1], sums[2], sums[3]}});
       }
   }
 
  private:
-  static constexpr int kStepsOfPart = 16;
-
   // A warp has 4 x 8 threads: the fewest lines.
   __device__ static int thread_n() { return 4 * (int(threadIdx.x) / 64 * 4 + int(threadIdx.x) / 8 % 4); }
   __device__ static int thread_k() { return 4 * (int(threadIdx.x) / 32 % 2 * 8 + int(threadIdx.x) % 8); }
 
-  __device__ __forceinline__ void add_part() {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sums_[i][j] += part_[i][j], part_[i][j] = 0;
-  }
-
-  int steps_ = 0;
-  float part_[8][8] = {}, sums_[8][8] = {};
+  FloatSums<16> sums_;
 };
 
 template <class T, bool tensor_cores>

@@ -98,7 +98,7 @@ struct ProbabilitySums {
 
 template <int kQuads, bool statistics>
 __global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads))
-    route_short(const __grid_constant__ RouteLaunch at) {
+    route_short_kernel(const __grid_constant__ RouteLaunch at) {
   constexpr int kValues = 4 * kQuads;
   const RouteParams& p = at.p;
   const Score score = p.options.score;
@@ -129,11 +129,8 @@ __global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads))
       const float log_sum = log_sum_exp(team, row, softmax);
       if (active && team.rank == 0) static_cast<float*>(p.logsumexp)[token] = log_sum;
       probabilities.begin(at, row, segment);
-      const float sum =
-          is_elementwise(score) ? float(team.sum(row.sum([&](float z, int) { return score_of(score, z); }))) : 1;
-      row.each([&](float z, int, int i) {
-        probabilities.sums[i] += is_elementwise(score) ? score_of(score, z) / sum : softmax(z);
-      });
+      const Probabilities probability(score, softmax, team, row);
+      row.each([&](float z, int, int i) { probabilities.sums[i] += probability(z); });
     }
 
     if (on_scores)

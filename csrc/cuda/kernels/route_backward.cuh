@@ -208,7 +208,7 @@ struct RouterBackward {
 
 template <int kQuads>
 __global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads))
-    route_backward_short(const __grid_constant__ RouteBackwardLaunch at) {
+    route_backward_short_kernel(const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   const LaneTeam team(at.lanes);
   const int own_team = int(threadIdx.x) / at.lanes;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)
 }
 
 __global__ void __launch_bounds__(kLongBackwardThreads)
-    route_backward_long(const __grid_constant__ RouteBackwardLaunch at) {
+    route_backward_long_kernel(const __grid_constant__ RouteBackwardLaunch at) {
   const RouteBackwardParams& p = at.p;
   auto& shared = arch::shared<LongRouteBackwardShared>();
   const BlockTeam team(shared.team);

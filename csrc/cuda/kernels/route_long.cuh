@@ -65,21 +65,18 @@ template <class Team>
 __device__ void add_statistics(const RouteLaunch& at, const Team& team, const LongRow& row, const Softmax& softmax,
                                int64_t token, int64_t segment) {
   const RouteParams& p = at.p;
-  const Score score = p.options.score;
   const float log_sum = log_sum_exp(team, row, softmax);
   if (team.rank == 0) static_cast<float*>(p.logsumexp)[token] = log_sum;
-  const float sum =
-      is_elementwise(score) ? float(team.sum(row.sum([&](float z, int) { return score_of(score, z); }))) : 1;
+  const Probabilities probability(p.options.score, softmax, team, row);
   if (!counts_somewhere(segment, p.num_segments)) return;
   const int64_t cells = (int64_t(blockIdx.x) % at.statistics.replicas * p.num_segments + segment) * p.experts;
   row.each([&](float z, int id, float) {
     if (id >= p.experts) return;
-    const float prob = is_elementwise(score) ? score_of(score, z) / sum : softmax(z);
-    add_probability(at.statistics.prob + cells + id, prob, at.statistics.units);
+    add_probability(at.statistics.prob + cells + id, probability(z), at.statistics.units);
   });
 }
 
-__global__ void __launch_bounds__(kLongThreads) route_long(const __grid_constant__ LongRouteLaunch launch) {
+__global__ void __launch_bounds__(kLongThreads) route_long_kernel(const __grid_constant__ LongRouteLaunch launch) {
   const RouteLaunch& at = launch.at;
   const RouteParams& p = at.p;
   auto& shared = arch::shared<LongRouteShared>();

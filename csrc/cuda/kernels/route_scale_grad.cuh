@@ -24,7 +24,8 @@ struct ScaleGradShared {
 };
 
 // Block b: the chunk b / experts in blocks.
-__global__ void __launch_bounds__(kScaleGradThreads) scale_grad_of_chunks(const __grid_constant__ ScaleGradLaunch p) {
+__global__ void __launch_bounds__(kScaleGradThreads)
+    scale_grad_of_chunks_kernel(const __grid_constant__ ScaleGradLaunch p) {
   auto& shared = arch::shared<ScaleGradShared>();
   const int64_t expert_blocks = ceil_div(p.experts, kScaleGradThreads);
   const int64_t chunk = blockIdx.x / expert_blocks;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kScaleGradThreads) scale_grad_of_chunks(const 
   if (expert < p.experts) p.partial[chunk * p.experts + expert] = sum;
 }
 
-__global__ void __launch_bounds__(kScaleGradThreads) scale_grad(const __grid_constant__ ScaleGradLaunch p) {
+__global__ void __launch_bounds__(kScaleGradThreads) scale_grad_kernel(const __grid_constant__ ScaleGradLaunch p) {
   const int64_t expert = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (expert >= p.experts) return;
   double sum = 0;

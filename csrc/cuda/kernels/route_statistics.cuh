@@ -9,6 +9,8 @@
 
 namespace moe {
 
+inline constexpr int kStatisticsThreads = 256;
+
 struct RouteStatistics {
   uint64_t* prob = nullptr;   // [replicas, S, E]; null: no statistics
   int32_t* counts = nullptr;  // [replicas, S, E]
@@ -36,8 +38,8 @@ struct CountSegments {
   int32_t* counts;  // [S]
 };
 
-__global__ void count_segments(const __grid_constant__ CountSegments p) {
-  const int64_t token = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void __launch_bounds__(kStatisticsThreads) count_segments_kernel(const __grid_constant__ CountSegments p) {
+  const int64_t token = int64_t(blockIdx.x) * kStatisticsThreads + threadIdx.x;
   const int32_t segment = token < p.tokens ? p.segments[token] : -1;
   const uint32_t same = arch::match(segment);
   if (!counts_somewhere(segment, p.num_segments)) return;
@@ -51,8 +53,9 @@ struct FinishStatistics {
   float* mean_prob;                // [S, E]
 };
 
-__global__ void finish_statistics(const __grid_constant__ FinishStatistics p) {
-  const int64_t cell = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void __launch_bounds__(kStatisticsThreads)
+    finish_statistics_kernel(const __grid_constant__ FinishStatistics p) {
+  const int64_t cell = int64_t(blockIdx.x) * kStatisticsThreads + threadIdx.x;
   if (cell >= p.cells) return;
 
   int32_t count = 0;

@@ -2,35 +2,25 @@
 // how a sum is formed depends neither on the dtype nor on the alignment. Padding is -inf, which adds nothing to a sum.
 #pragma once
 
-#include "cuda/arch/memory.cuh"
-#include "cuda/kernels/math.cuh"
 #include "cuda/kernels/rank.cuh"
+#include "cuda/kernels/values.cuh"
 #include "stages/params.h"
 
 namespace moe {
 
 template <class T>
 __device__ __forceinline__ Quad load_quad(const T* row, int64_t first, int64_t count, bool aligned) {
+  const auto values = load_values<T, 4>(row + first, count - first, aligned, -kInfinity);
   Quad out;
-  if (aligned && first + 4 <= count) {
-    const auto values = arch::load<arch::Pack<T, 4>>(row + first);
-    for (int i = 0; i < 4; ++i) out[i] = to_float(values[i]);
-  } else {
-    for (int i = 0; i < 4; ++i) out[i] = first + i < count ? to_float(row[first + i]) : -kInfinity;
-  }
+  for (int i = 0; i < 4; ++i) out[i] = to_float(values[i]);
   return out;
 }
 
 template <class T>
 __device__ __forceinline__ void store_quad(T* row, int64_t first, int64_t count, bool aligned, const Quad& values) {
-  if (aligned && first + 4 <= count) {
-    arch::Pack<T, 4> out;
-    for (int i = 0; i < 4; ++i) out[i] = from_float<T>(values[i]);
-    arch::store(row + first, out);
-  } else {
-    for (int i = 0; i < 4; ++i)
-      if (first + i < count) row[first + i] = from_float<T>(values[i]);
-  }
+  arch::Pack<T, 4> out;
+  for (int i = 0; i < 4; ++i) out[i] = from_float<T>(values[i]);
+  store_values(row + first, out, count - first, aligned);
 }
 
 // One logit, before the softcap.

@@ -70,6 +70,21 @@ __host__ __device__ inline bool is_elementwise(Score score) {
   return score == Score::sigmoid || score == Score::sqrtsoftplus;
 }
 
+// A token's routing probabilities, whose mean is mean_prob: softmax, or an elementwise score over the sum of them.
+struct Probabilities {
+  Score score;
+  Softmax softmax;
+  float sum = 1;  // of the scores
+
+  template <class Team, class Row>
+  __device__ Probabilities(Score score, const Softmax& softmax, const Team& team, const Row& row)
+      : score(score), softmax(softmax) {
+    if (is_elementwise(score)) sum = float(team.sum(row.sum([score](float z, int) { return score_of(score, z); })));
+  }
+
+  __device__ float operator()(float z) const { return is_elementwise(score) ? score_of(score, z) / sum : softmax(z); }
+};
+
 // softmax is that of all experts, or of the chosen for softmax_selected.
 template <class F>
 __device__ F chosen_score(Score score, F z, const Softmax& softmax) {

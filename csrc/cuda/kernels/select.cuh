@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/arch/atomic.cuh"
+#include "cuda/kernels/digits.cuh"
 #include "cuda/kernels/rank.cuh"
-#include "cuda/kernels/warp.cuh"
 
 namespace moe {
 
@@ -21,21 +21,6 @@ __device__ __forceinline__ int32_t index_of(uint64_t order) { return int32_t(~ui
 
 inline constexpr uint64_t kNone = ~uint64_t(0);  // above every order
 
-// The bin in which the wanted-th order from the top lies, by one warp; 8 bins a lane, the top ones first.
-__device__ inline void find_digit(SelectShared& shared, int32_t wanted) {
-  const int lane = arch::lane_id(), top = 255 - 8 * lane;
-  int32_t own = 0;
-  for (int i = 0; i < 8; ++i) own += shared.histogram[top - i];
-  const int32_t up_to = scan_warp(own);
-  int32_t before = up_to - own;
-  if (before >= wanted || wanted > up_to) return;
-  int bin = top;
-  for (; before + shared.histogram[bin] < wanted; --bin) before += shared.histogram[bin];
-  shared.digit = bin;
-  shared.wanted = wanted - before;
-  shared.exact = shared.histogram[bin] == wanted - before;
-}
-
 // The smallest number that at least k orders of keys [count] reach, and no more; 1 <= k <= count. Digits of eight bits
 // from the top down, until all that begins so is wanted.
 __device__ inline uint64_t select(SelectShared& shared, const int32_t* keys, int64_t count, int32_t k) {
@@ -48,7 +33,12 @@ __device__ inline uint64_t select(SelectShared& shared, const int32_t* keys, int
       if (shift == 56 || order >> (shift + 8) == prefix) arch::add(&shared.histogram[order >> shift & 255], 1);
     }
     arch::sync_block();  // and full
-    if (threadIdx.x < 32) find_digit(shared, k);
+    if (threadIdx.x < 32)
+      find_digit(
+          k, [&](int bin) { return shared.histogram[bin]; },
+          [&](int bin, int32_t left, int32_t count) {
+            shared.digit = bin, shared.wanted = left, shared.exact = left == count;
+          });
     arch::sync_block();  // the digit is found
     prefix = prefix << 8 | uint64_t(shared.digit);
     k = shared.wanted;

@@ -2,6 +2,7 @@
 // walk passes the experts.
 #pragma once
 
+#include "cuda/kernels/offsets.cuh"
 #include "cuda/kernels/warp.cuh"
 #include "stages/params.h"
 
@@ -31,8 +32,7 @@ struct TileGrid {
   }
 };
 
-// Tiles in order of experts. Every warp walks by itself, its lanes reading the offsets of 32 experts at a time: from 0,
-// within 0..num_rows, never falling.
+// Tiles in order of experts. Every warp walks by itself, its lanes reading the offsets of 32 experts at a time.
 class TileWalk {
  public:
   __device__ explicit TileWalk(const TileGrid& grid) : grid_(grid) { read_experts(); }
@@ -67,8 +67,8 @@ class TileWalk {
 
   // Lane i has the end of expert first_expert + i and the number of tiles up to there.
   __device__ void read_experts() {
-    const int lane = arch::lane_id(), expert = first_expert_ + lane, rows = int(grid_.num_rows);
-    end_ = expert < grid_.num_experts ? max(min(grid_.offsets[expert + 1], rows), 0) : rows;
+    const int lane = arch::lane_id(), expert = first_expert_ + lane;
+    end_ = expert < grid_.num_experts ? own_end(grid_.offsets, expert, grid_.num_rows) : int(grid_.num_rows);
     end_ = max(end_, rows_before_);
     for (int distance = 1; distance < 32; distance *= 2) end_ = max(end_, arch::shuffle_up(end_, distance));
     const int before = arch::shuffle_up(end_, 1);

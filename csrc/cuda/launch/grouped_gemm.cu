@@ -3,7 +3,9 @@
 #include "cuda/kernels/score_grad.cuh"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/launch/gemm_config.h"
 #include "cuda/launch/grouped_gemm.h"
@@ -76,6 +78,8 @@ void sum_score_gradients(const GroupedGemmParams& p, const float* parts, int64_t
 
 void grouped_gemm(const GroupedGemmParams& p, const Device& device) {
   if (p.weight.prepacked) throw std::invalid_argument("grouped_gemm: a PackedWeight is for the CPU");
+  if (p.num_rows > std::numeric_limits<int32_t>::max())  // offsets do not reach further, nor does the walk over tiles
+    throw std::invalid_argument("grouped_gemm: a must have fewer than 2^31 rows, got " + std::to_string(p.num_rows));
   if (p.num_rows == 0) {
     if (p.grad_score) sum_score_gradients(p, nullptr, 0, device);
   } else if (p.num_rows <= kFewRowsOfProblem && !p.batch_invariant) {

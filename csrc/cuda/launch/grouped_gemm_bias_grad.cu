@@ -16,7 +16,7 @@ void grouped_gemm_bias_grad(const BiasGradParams& p, const Device& device) {
                 .block = kBiasGradThreads,
                 .shared_bytes = sizeof(BiasGradShared<T>),
                 .stream = device.stream()},
-               grouped_gemm_bias_grad<T>,
+               grouped_gemm_bias_grad_kernel<T>,
                BiasGradLaunch{.p = p, .col_blocks = col_blocks, .aligned = has_aligned_rows(p.grad.rows)});
       },
       float_type(p.grad.rows.dtype, "grouped_gemm_bias_grad"));

@@ -33,7 +33,7 @@ void start(const GroupedGemmParams& p, const Device& device) {
             .block = kFewRowsThreads,
             .shared_bytes = sizeof(Products<kFewRows<T>, kCols>),
             .stream = device.stream()},
-           grouped_gemm_few_rows_finish<T, kCols>, at);
+           grouped_gemm_few_rows_finish_kernel<T, kCols>, at);
   if (p.grad_score) sum_score_gradients(p, at.score_parts, at.grid.col_tiles(), device);
 }
 

@@ -17,7 +17,7 @@ void start(const WeightGradLaunch& at, const Device& device) {
           .block = unsigned(OuterProducts<T, tensor_cores>::kThreads),
           .shared_bytes = sizeof(Shared),
           .stream = device.stream()},
-         grouped_gemm_weight_grad<T, tensor_cores>, at);
+         grouped_gemm_weight_grad_kernel<T, tensor_cores>, at);
 }
 
 }  // namespace
@@ -25,8 +25,8 @@ void start(const WeightGradLaunch& at, const Device& device) {
 void grouped_gemm_weight_grad(const WeightGradParams& p, const Device& device) {
   float_type(p.out_dtype, "grouped_gemm_weight_grad");
   const WeightGradLaunch at{.p = p,
-                            .n_tiles = ceil_div(p.n, kGradTile),
-                            .k_tiles = ceil_div(p.k, kGradTile),
+                            .n_tiles = ceil_div(p.n, kGradCols),
+                            .k_tiles = ceil_div(p.k, kGradCols),
                             .aligned_grad = has_aligned_rows(p.grad.rows),
                             .aligned_a = has_aligned_rows(p.a.rows),
                             .aligned_out = is_aligned(p.out) && p.k % 4 == 0};

@@ -33,9 +33,10 @@ Lanes lanes_for(int64_t experts) {
 // counts [S], zeros before, += the tokens of each segment.
 void count_tokens(const int32_t* segments, int64_t tokens, int64_t num_segments, int32_t* counts,
                   const Device& device) {
-  constexpr int kThreads = 256;
-  launch({.grid = unsigned(ceil_div(tokens, kThreads)), .block = kThreads, .stream = device.stream()}, count_segments,
-         CountSegments{.segments = segments, .tokens = tokens, .num_segments = num_segments, .counts = counts});
+  launch(
+      {.grid = unsigned(ceil_div(tokens, kStatisticsThreads)), .block = kStatisticsThreads, .stream = device.stream()},
+      count_segments_kernel,
+      CountSegments{.segments = segments, .tokens = tokens, .num_segments = num_segments, .counts = counts});
 }
 
 // Where no bias and no group made the choice, the largest of all experts are chosen, and a renormalised softmax needs
@@ -70,7 +71,7 @@ void launch_short(RouteLaunch at, const Device& device) {
                 .block = kRouteThreads,
                 .shared_bytes = at.p.num_groups > 1 ? sizeof(RouteShared<quads>) : 0,
                 .stream = device.stream()},
-               route_short<quads, statistics>, at);
+               route_short_kernel<quads, statistics>, at);
       },
       lanes.quads, flag(at.statistics.counts));
 }
@@ -88,7 +89,7 @@ void launch_long(const RouteLaunch& at, const Device& device) {
           .block = kLongThreads,
           .shared_bytes = sizeof(LongRouteShared),
           .stream = device.stream()},
-         route_long, args);
+         route_long_kernel, args);
 }
 
 // Zeros to add to, and the number of tokens per segment.
@@ -119,7 +120,7 @@ void launch_backward_short(RouteBackwardLaunch at, const Lanes& lanes, const Dev
                 .block = kBackwardThreads,
                 .shared_bytes = sizeof(RouteBackwardShared<quads>),
                 .stream = device.stream()},
-               route_backward_short<quads>, at);
+               route_backward_short_kernel<quads>, at);
       },
       lanes.quads);
 }
@@ -136,7 +137,7 @@ void launch_backward_long(RouteBackwardLaunch at, const Device& device) {
           .block = kLongBackwardThreads,
           .shared_bytes = sizeof(LongRouteBackwardShared),
           .stream = device.stream()},
-         route_backward_long, at);
+         route_backward_long_kernel, at);
 }
 
 // How many chunks there are depends on shapes alone, and so does the result.
@@ -157,8 +158,9 @@ void sum_scale_terms(const RouteBackwardParams& p, const double* terms, const De
           .block = kScaleGradThreads,
           .shared_bytes = sizeof(ScaleGradShared),
           .stream = device.stream()},
-         scale_grad_of_chunks, at);
-  launch({.grid = unsigned(expert_blocks), .block = kScaleGradThreads, .stream = device.stream()}, scale_grad, at);
+         scale_grad_of_chunks_kernel, at);
+  launch({.grid = unsigned(expert_blocks), .block = kScaleGradThreads, .stream = device.stream()}, scale_grad_kernel,
+         at);
 }
 
 }  // namespace
@@ -173,15 +175,16 @@ void route(const RouteParams& p, const Device& device) {
   else launch_long(at, device);
   if (!p.counts) return;
 
-  constexpr int kThreads = 256;
   const int64_t cells = p.num_segments * p.experts;
-  launch({.grid = unsigned(ceil_div(cells, kThreads)), .block = kThreads, .stream = device.stream()}, finish_statistics,
-         FinishStatistics{.sums = at.statistics,
-                          .tokens = p.tokens,
-                          .experts = p.experts,
-                          .cells = cells,
-                          .counts = p.counts,
-                          .mean_prob = static_cast<float*>(p.mean_prob)});
+  launch(
+      {.grid = unsigned(ceil_div(cells, kStatisticsThreads)), .block = kStatisticsThreads, .stream = device.stream()},
+      finish_statistics_kernel,
+      FinishStatistics{.sums = at.statistics,
+                       .tokens = p.tokens,
+                       .experts = p.experts,
+                       .cells = cells,
+                       .counts = p.counts,
+                       .mean_prob = static_cast<float*>(p.mean_prob)});
 }
 
 void route_backward(const RouteBackwardParams& p, const Device& device) {

@@ -69,7 +69,7 @@ __global__ void missing_wait(const float* in, float* out) {
 template <bool mended>
 __global__ void missing_commit(const float* in, float* out) {
   auto& shared = arch::shared<FloatsShared>();
-  arch::copy_async_4(shared.values + threadIdx.x, in + threadIdx.x);
+  if (threadIdx.x < 32) arch::copy_async_16(shared.values + 4 * threadIdx.x, in + 4 * threadIdx.x);
   if constexpr (mended) arch::copy_async_commit();
   arch::copy_async_wait<0>();
   arch::sync_block();

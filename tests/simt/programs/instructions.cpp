@@ -1,9 +1,12 @@
 // The instructions of cuda/arch against scalar loops: prints a line for each, "right" or where it is wrong.
+#include <algorithm>
 #include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "cuda/arch/atomic.cuh"
+#include "cuda/arch/copy_async.cuh"
 #include "cuda/arch/launch.cuh"
 #include "cuda/arch/mma.cuh"
 #include "cuda/arch/warp.cuh"
@@ -158,6 +161,90 @@ bool check_tf32() {
   return report("to_tf32", right ? "" : "wrong");
 }
 
+struct Extremes {
+  int32_t max, min, max_of_half, min_of_half;
+};
+
+int32_t number_of(int lane) { return lane * 13 % 32 - 20; }  // each of -20 .. 11 once
+
+__global__ void find_extremes(Extremes* out) {
+  const int lane = arch::lane_id(), value = number_of(lane);
+  const uint32_t half = lane < 16 ? 0xffff : 0xffff0000;
+  out[lane] = {arch::reduce_max(value), arch::reduce_min(value), arch::reduce_max(value, half),
+               arch::reduce_min(value, half)};
+}
+
+bool check_reduce() {
+  std::vector<Extremes> out(32);
+  launch({.grid = dim3(1), .block = dim3(32)}, find_extremes, out.data());
+  std::string wrong;
+  for (int lane = 0; lane < 32; ++lane) {
+    int32_t max = -100, min = 100;
+    for (int other = lane / 16 * 16; other < lane / 16 * 16 + 16; ++other)
+      max = std::max(max, number_of(other)), min = std::min(min, number_of(other));
+    const Extremes& got = out[lane];
+    if (got.max != 11 || got.min != -20 || got.max_of_half != max || got.min_of_half != min)
+      wrong = "wrong in lane " + std::to_string(lane);
+  }
+  return report("reduce_max and reduce_min", wrong);
+}
+
+struct Totals {
+  int32_t tickets = 5, sum = 100;
+  uint64_t wide = 0xfffffff0, bits = 1;
+};
+
+// Every thread takes a ticket and adds its number.
+__global__ void add_up(Totals* totals, int32_t* tickets) {
+  const int32_t number = int32_t(blockIdx.x * blockDim.x + threadIdx.x);
+  tickets[number] = arch::fetch_add(&totals->tickets, 1);
+  arch::add(&totals->sum, -number);
+  arch::add(&totals->wide, uint64_t(1) << 40);
+  arch::set_bits(&totals->bits, uint64_t(1) << number % 64);
+}
+
+bool check_atomics() {
+  constexpr int count = 3 * 16;
+  Totals totals;
+  std::vector<int32_t> tickets(count);
+  launch({.grid = dim3(3), .block = dim3(16)}, add_up, &totals, tickets.data());
+  std::sort(tickets.begin(), tickets.end());
+  bool right = totals.tickets == 5 + count && totals.sum == 100 - count * (count - 1) / 2 &&
+               totals.wide == 0xfffffff0 + (uint64_t(count) << 40) && totals.bits == (uint64_t(1) << count) - 1;
+  for (int i = 0; i < count; ++i) right &= tickets[i] == 5 + i;
+  return report("atomic additions", right ? "" : "wrong");
+}
+
+struct BytesShared {
+  alignas(16) unsigned char bytes[17][16];
+};
+
+// Thread n copies the first n bytes of a chunk; the last chunk ends behind them.
+__global__ void copy_parts(const unsigned char* in, unsigned char* out) {
+  auto& shared = arch::shared<BytesShared>();
+  const int n = int(threadIdx.x);
+  arch::copy_async_16(shared.bytes[n], in + 16 * n, n);
+  arch::copy_async_commit();
+  arch::copy_async_wait<0>();
+  for (int i = 0; i < 16; ++i) out[16 * n + i] = shared.bytes[n][i];
+}
+
+bool check_copy_parts() {
+  const Device device;
+  for (int threads : {16, 17}) {  // the last copies 15 bytes of those there are, then a whole chunk
+    const int there = 16 * (threads - 1) + threads - 1;
+    auto* in = static_cast<unsigned char*>(device.scratch(there));
+    for (int i = 0; i < there; ++i) in[i] = static_cast<unsigned char>(i % 251 + 1);
+    std::vector<unsigned char> out(16 * threads);
+    launch({.grid = dim3(1), .block = dim3(unsigned(threads)), .shared_bytes = sizeof(BytesShared)}, copy_parts, in,
+           out.data());
+    for (int i = 0; i < 16 * threads; ++i)
+      if (out[i] != (i % 16 < i / 16 ? i % 251 + 1 : 0))
+        return report("copy_async_16 of a part", "wrong at byte " + std::to_string(i));
+  }
+  return report("copy_async_16 of a part", "");
+}
+
 // Two warps hand numbers to two others through one place, by two barriers of 128 threads each.
 struct PlaceShared {
   int place;
@@ -210,6 +297,9 @@ int main() {
   right &= check_load_matrix<true>("load_matrix_x4_transposed");
   right &= check_talk();
   right &= check_tf32();
+  right &= check_reduce();
+  right &= check_atomics();
+  right &= check_copy_parts();
   right &= check_named_barriers();
   right &= check_waiting_blocks();
   return right ? 0 : 1;

@@ -4,24 +4,19 @@
 
 #include "cuda/arch/copy_async.cuh"
 #include "cuda/kernels/gathered_rows.cuh"
+#include "cuda/kernels/offsets.cuh"
+#include "cuda/kernels/shared_tile.cuh"
+#include "cuda/kernels/values.cuh"
 
 namespace moe {
 
-inline constexpr int kGradTile = 128;  // columns of either operand that a block multiplies
+inline constexpr int kGradCols = 128;  // columns of either operand that a block multiplies
 
 template <class T>
 inline constexpr int kGradDepth = sizeof(T) == 2 ? 32 : 16;  // rows of one step
 
-// Rows [kGradDepth, kGradTile] in chunks of 16 bytes. Two-byte values are read eight rows at a time, the same chunk of
-// each, so there chunks change places from row to row; floats, for TF32, eight values of four rows, so there rows are
-// padded. Every bank is met once.
 template <class T>
-struct RowTile {
-  static constexpr int kVector = 16 / sizeof(T), kChunks = kGradTile / kVector, kPadding = sizeof(T) == 2 ? 0 : 8;
-  T values[kGradDepth<T>][kGradTile + kPadding];
-
-  __device__ T* chunk(int row, int chunk) { return values[row] + (sizeof(T) == 2 ? chunk ^ row % 8 : chunk) * kVector; }
-};
+using GradTile = SharedTile<T, kGradDepth<T>, kGradCols>;  // rows of one step, columns of one operand
 
 // One operand: a thread of a block copies one chunk of every kRowStep-th row of a step.
 template <class T, int threads>
@@ -38,7 +33,7 @@ class RowLoader {
   }
 
   // Begins to copy the next step; the slots of the one after it are asked for in time.
-  __device__ __forceinline__ void load(RowTile<T>& to) {
+  __device__ __forceinline__ void load(GradTile<T>& to) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const bool there = row_ + i * kRowStep < end_ && left_ > 0;
@@ -56,7 +51,7 @@ class RowLoader {
   }
 
   // Scales what this thread has copied, where rows have a scale; `row_begin` is the step's first row.
-  __device__ __forceinline__ void scale(RowTile<T>& tile, int64_t row_begin) const {
+  __device__ __forceinline__ void scale(GradTile<T>& tile, int64_t row_begin) const {
     if (!from_.scale.data) return;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -70,11 +65,11 @@ class RowLoader {
   }
 
  private:
-  static constexpr int kVector = RowTile<T>::kVector, kChunks = RowTile<T>::kChunks;
+  static constexpr int kVector = GradTile<T>::kChunk, kChunks = GradTile<T>::kRowChunks;
   static constexpr int kRowStep = threads / kChunks, kCopies = kGradDepth<T> / kRowStep;
 
-  __device__ static T* chunk_of(RowTile<T>& tile, int i) {
-    return tile.chunk(int(threadIdx.x) / kChunks + i * kRowStep, int(threadIdx.x) % kChunks);
+  __device__ static T* chunk_of(GradTile<T>& tile, int i) {
+    return tile.at(int(threadIdx.x) / kChunks + i * kRowStep, int(threadIdx.x) % kChunks);
   }
 
   // Nothing is made of the slots here: that would wait for them.
