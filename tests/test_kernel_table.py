@@ -88,9 +88,7 @@ def test_the_check_tells_what_has_changed(library, tmp_path, capsys):
     assert check(table, path) == ["combine<T, n>, float32, 4, sm_90a: 8 bytes of stack, 0 accesses to it"]
 
 
-def test_every_kernel_has_a_launch_and_a_heading():
-    from kernel_table import LAUNCHES, TABLE, read_templates
+def test_every_kernel_has_a_launch():
+    from kernel_table import LAUNCHES, read_templates
 
     assert set(read_templates()) == set(LAUNCHES)
-    headings = {line.removeprefix("## ").partition("<")[0] for line in TABLE.read_text().splitlines() if "## " in line}
-    assert headings >= set(LAUNCHES)
