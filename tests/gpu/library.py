@@ -90,5 +90,8 @@ def load() -> ctypes.CDLL:
     library.runtime.restype = ctypes.c_char_p
     used = Path(os.fsdecode(library.runtime())).resolve().parent
     if "MOE_OPS_CUDA_RUNTIME" in os.environ and used != wanted:
-        raise RuntimeError(f"MOE_OPS_CUDA_RUNTIME is {wanted}, but this process had loaded the runtime in {used}")
+        raise RuntimeError(
+            f"MOE_OPS_CUDA_RUNTIME is {wanted}, but this process, by its torch, had loaded the runtime in {used}: "
+            "use a torch for CPUs"
+        )
     return library
