@@ -57,7 +57,8 @@ def tiny_model(name, **options):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = type(AutoConfig.for_model(name))
-    sizes = {key: value for key, value in TINY.items() if hasattr(kind(), key)}
+    known = kind().to_dict().keys() | kind.attribute_map.keys()
+    sizes = {key: value for key, value in TINY.items() if key in known}
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     torch.manual_seed(0)
