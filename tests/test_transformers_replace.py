@@ -40,7 +40,7 @@ def dbrx():
 
     torch.manual_seed(0)
     ffn = {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}
-    attention = {"kv_n_heads": 2, "clip_qkv": 8.0}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
     config = DbrxConfig(
         d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=128, ffn_config=ffn, attn_config=attention
     )

@@ -25,6 +25,16 @@ TINY = {
 }  # fmt: skip
 
 
+# Two layers with attention in one of them, and experts in both.
+OPTIONS = {
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+}
+
+
 class Permissive(SimpleNamespace):
     """A config that an experts class can be built from alone."""
 
@@ -57,11 +67,12 @@ def tiny_model(name, **options):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = type(AutoConfig.for_model(name))
-    sizes = {key: value for key, value in TINY.items() if hasattr(kind(), key)}
+    known = kind().to_dict().keys() | kind.attribute_map.keys()
+    sizes = {key: value for key, value in TINY.items() if key in known}
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**(sizes | options))).eval()
+    model = AutoModelForCausalLM.from_config(kind(**(sizes | OPTIONS.get(name, {}) | options))).eval()
     return draw(model)
 
 

@@ -58,7 +58,7 @@ def replace(model: torch.nn.Module) -> Report:
         elif hasattr(module, "_is_expert_parallel"):
             report.left[name] = "is a plug-in: model.set_experts_implementation('moe_ops') after enable()"
         elif kind in FORWARDS or kind in STACKED:
-            reason = _unfit(module)
+            reason = _unfit(module) if name or kind in FORWARDS else "is not inside a model"
             if reason:
                 report.left[name] = reason
             elif kind in FORWARDS:
@@ -82,10 +82,6 @@ def _unfit(module: Any) -> str:
         return "its weights are not loaded (device meta)"
     if not values or any(value.dtype not in checks.FLOATS for value in values):
         return "its weights are quantised"
-    allowed = ("Linear", "Dropout", "Identity")
-    odd = {type(part).__name__ for part in module.modules() if "Linear" in type(part).__name__} - set(allowed)
-    return f"it holds {', '.join(sorted(odd))}" if odd and not _own(odd) else ""
-
-
-def _own(kinds: set[str]) -> bool:
-    return all(kind.startswith(("Llama4", "JetMoe")) for kind in kinds)
+    if any("lora" in name.lower() for name, _ in module.named_parameters()):
+        return "it holds LoRA adapters"
+    return ""
