@@ -236,3 +236,18 @@ def test_upcycled_experts_are_the_dense_layer(device):
     nn.init.upcycle_(experts, w_in.to(device), w_out.to(device), noise=0.1)
     spread = (experts.w_in - w_in.to(device)).std() / w_in.std().to(device)
     assert 0.08 < spread < 0.12
+
+
+def test_losses_repeat_bit_for_bit(device):
+    router = nn.NoisyTopKRouter(HIDDEN, 64, 4).to(device)
+    x = tokens(4096, dtype=torch.float32).to(device)
+
+    def run():
+        torch.manual_seed(0)
+        result = router(x, stats=True)
+        loss = losses.importance(result.weights, result.experts, 64) + losses.load(result.load)
+        loss = loss + losses.global_entropy(result.mean_prob) + losses.local_entropy(router.logits(x))
+        return loss, *torch.autograd.grad(loss, list(router.parameters()))
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

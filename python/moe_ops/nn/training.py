@@ -101,7 +101,7 @@ class GradientSmoothing:
                 expected, got = len(self.parameters), len(state[name])
                 raise ValueError(f"GradientSmoothing: state must have {expected} {name}, got {got}")
         pairs = zip(state["averages"], self.parameters)
-        self.averages = [None if average is None else average.to(p.device) for average, p in pairs]
+        self.averages = [None if average is None else average.to(p.device, copy=True) for average, p in pairs]
         self.steps = list(state["steps"])
 
 
