@@ -83,6 +83,7 @@ BAD = [
     ),
     ("load_balancing", {"alpha": "x"}, TypeError, ": alpha must be a number, got str 'x'"),
     ("load_balancing", {"alpha": NAN}, ValueError, ": alpha must be a finite float64, got nan"),
+    ("load_balancing", {"group": 1}, TypeError, ": group must be a torch.distributed.ProcessGroup or None, got int 1"),
     # z_loss
     ("z_loss", {"logsumexp": None}, TypeError, ": logsumexp must be a Tensor of shape [tokens], got None"),
     ("z_loss", {"logsumexp": zeros(T, E)}, ValueError, ": logsumexp must be of shape [tokens], got [3, 4]"),
@@ -128,6 +129,7 @@ BAD = [
     ("Router.forward", {"stats": "yes"}, TypeError, f"route: stats {BOOL}"),
     ("Router.forward", {"segments": zeros(T)}, TypeError, f"route: segments {ID} float32"),
     ("Router.forward", {"num_segments": 0}, ValueError, f"route: num_segments {SIZE}"),
+    ("Router.forward", {"token_ids": zeros(T)}, TypeError, f"Router: token_ids {ID} float32"),
     ("Router.update_bias", {"counts": None}, TypeError, ": counts must be a Tensor of shape [..., 4], got None"),
     ("Router.update_bias", {"counts": ints(3)}, ValueError, ": counts must be of shape [..., 4], got [3]"),
     ("Router.update_bias", {"counts": elsewhere(E)}, ValueError, f": counts {ON_CPU.format('selection_bias')}"),
@@ -173,6 +175,7 @@ BAD = [
     ("MoE", {"shared_gate": "yes", "shared_inner": 3}, TypeError, f": shared_gate {BOOL}"),
     ("MoE", {"shared_gate": True}, ValueError, ": shared_gate needs a shared expert, got shared_inner=0"),
     ("MoE", {"latent": 0}, ValueError, f": latent {SIZE}"),
+    ("MoE", {"zero_computation": 2}, TypeError, ": zero_computation must be a ZeroComputationExperts or None, got int"),
     ("MoE", {"capacity_factor": "a"}, TypeError, ": capacity_factor must be a number, got str 'a'"),
     ("MoE", {"capacity_factor": 0.0}, ValueError, ": capacity_factor must be greater than 0, got 0.0"),
     ("MoE", {"capacity_factor": INF}, ValueError, ": capacity_factor must be a finite float64, got inf"),
@@ -185,6 +188,7 @@ BAD = [
     ("MoE.forward", {"return_route": "yes"}, TypeError, f"MoE: return_route {BOOL}"),
     ("MoE.forward", {"segments": ints(E)}, ValueError, "route: segments must be of shape [tokens] = [3], got [4]"),
     ("MoE.forward", {"num_segments": "all"}, TypeError, "route: num_segments must be an int, got str 'all'"),
+    ("MoE.forward", {"token_ids": ints(E)}, ValueError, "MoE: token_ids must be of shape [...] = [3], got [4]"),
 ]
 
 

@@ -349,6 +349,7 @@ def test_reset_parameters_after_meta_draws_what_the_constructor_draws():
 
 def test_compiles_as_one_graph_for_any_number_of_tokens():
     layer = make(dtype=torch.float32, **LAYERS["shared_gate"], capacity_factor=1.1)
+    torch._dynamo.reset()  # of other tests' layers, which share the code
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
 
     def check(count):

@@ -43,11 +43,19 @@ def tokens(op: str, x: Any, hidden: int) -> None:
     checks.floats(op, "x", x, f"[..., {hidden}]", x.dim())
 
 
+def group(op: str, value: Any) -> None:
+    """A process group of torch.distributed, or none."""
+    if value is not None and not (
+        torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
+    ):
+        raise TypeError(f"{op}: group must be a torch.distributed.ProcessGroup or None, got {checks.kind(value)}")
+
+
 def token_ids(op: str, value: Any, x: Tensor) -> Tensor | None:
     """The vocabulary ids of tokens x [..., hidden], flattened."""
     if value is None:
         return None
-    checks.ids(op, "token_ids", value, str(list(x.shape[:-1])), x.dim() - 1)
+    checks.ids(op, "token_ids", value, "[...]", x.dim() - 1)
     checks.shape(op, "token_ids", value, "[...]", tuple(x.shape[:-1]))
     checks.same_device(op, "token_ids", value, "x", x)
     return value.reshape(-1)

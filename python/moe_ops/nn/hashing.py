@@ -15,7 +15,7 @@ SCORES = {"uniform": 0, "softmax": 1, "sigmoid": 2, "sqrtsoftplus": 3}
 
 
 class HashRouter(LinearRouter):
-    """A token's experts stand in a fixed table by its vocabulary id (Roller et al. 2021, "Hash Layers", arXiv:2106.04426).
+    """A fixed table has a token's experts by its vocabulary id (Roller et al. 2021, "Hash Layers", arXiv:2106.04426).
 
     Nothing about the choice is learned. The weights are equal, 1 / top_k (Roller et al.), or the chosen experts' scores
     in a learned linear layer, divided by their sum (DeepSeek-V4's hash layers: score="sqrtsoftplus").
@@ -27,9 +27,9 @@ class HashRouter(LinearRouter):
         score: "uniform", "softmax" over all experts, "sigmoid" or "sqrtsoftplus".
         scale: factor of all weights.
 
-    forward needs token_ids, of x's leading dimensions; `MoE` hands them on. The buffer `table` [vocabulary, top_k] int32
-    is drawn from torch's generator: top_k distinct experts per id, each id's independent of the others'; it is part of
-    the state dict. `balanced_table` makes one for known frequencies: `router.table.copy_(...)`.
+    forward needs token_ids, of x's leading dimensions; `MoE` hands them on. The buffer `table` [vocabulary, top_k]
+    int32 is drawn from torch's generator: top_k distinct experts per id, each id's independent of the others'; it is
+    part of the state dict. `balanced_table` makes one for known frequencies: `router.table.copy_(...)`.
     """
 
     table: Tensor
@@ -65,6 +65,10 @@ class HashRouter(LinearRouter):
             super().reset_parameters()
         draw = torch.rand(self.table.shape[0], self.num_experts, device=self.table.device)
         self.table.copy_(draw.topk(self.top_k, dim=1).indices)
+
+    def set_top_k(self, top_k: int) -> None:
+        """Refused: top_k is the table's."""
+        raise ValueError(f"{type(self).__name__}: top_k must stay {self.top_k}, got {top_k}")
 
     def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         if token_ids is None:

@@ -26,8 +26,8 @@ class HierarchicalRouter(LinearRouter):
         groups: (num_groups, top_groups); num_groups divides num_experts, top_groups divides top_k.
         score: of both gates: "softmax" over all, or "softmax_selected", over the chosen (the paper's).
 
-    Statistics: mean_prob is that of the product of both softmaxes over all experts, logsumexp that of the logits of both
-    gates together. Experts stand by group, the best group first.
+    Statistics: mean_prob is that of the product of both softmaxes over all experts, logsumexp that of the logits of
+    both gates together. Experts stand by group, the best group first.
     """
 
     def __init__(
@@ -66,6 +66,10 @@ class HierarchicalRouter(LinearRouter):
         super().reset_parameters()
         bound = self.hidden**-0.5
         torch.nn.init.uniform_(self.group_weight, -bound, bound)
+
+    def set_top_k(self, top_k: int) -> None:
+        """Refused: top_k is that of the groups."""
+        raise ValueError(f"{type(self).__name__}: top_k must stay {self.top_k}, got {top_k}")
 
     def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         x = self.seen(x)

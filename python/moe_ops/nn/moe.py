@@ -13,6 +13,7 @@ from moe_ops import checks, module_checks
 from moe_ops.nn.experts import Experts
 from moe_ops.nn.router import Router
 from moe_ops.nn.router_base import RouterBase
+from moe_ops.nn.zero_computation import ZeroComputationExperts
 from moe_ops.types import RouteResult
 
 
@@ -26,6 +27,8 @@ class MoE(torch.nn.Module):
         shared_gate: weighs the shared expert's output by sigmoid(linear(x)) per token (Qwen2-MoE).
         latent: the routed experts work on a projection of x to this size, and their sum is projected back; router and
             shared expert see x itself.
+        zero_computation: experts without a feed-forward layer, which the router chooses by the ids from num_experts on;
+            top_k is then of num_experts + zero_computation.num_experts.
         capacity_factor: every expert takes at most ceil(capacity_factor · tokens · top_k / num_experts) rows, the rest
             of its slots are dropped (Fedus et al. 2022); None for no limit.
         drop_policy: which slots are dropped, as in `moe_ops.plan`.
@@ -44,6 +47,7 @@ class MoE(torch.nn.Module):
         shared_inner: int = 0,
         shared_gate: bool = False,
         latent: int | None = None,
+        zero_computation: ZeroComputationExperts | None = None,
         capacity_factor: float | None = None,
         drop_policy: str = "position",
         weight_on: str = "output",
@@ -63,13 +67,14 @@ class MoE(torch.nn.Module):
         module_checks.parameters("MoE", dtype)
         expected = "a Router, a mapping of its options or None"
         module_checks.instance("MoE", "router", router, (RouterBase, Mapping, type(None)), expected)
+        routed = num_experts + _more_experts(zero_computation, hidden)
         if not isinstance(router, RouterBase):
-            router = Router(hidden, num_experts, top_k, device=device, dtype=dtype, **(router or {}))
+            router = Router(hidden, routed, top_k, device=device, dtype=dtype, **(router or {}))
         sizes = (router.hidden, router.num_experts, router.top_k)
-        if sizes != (hidden, num_experts, top_k):
-            raise ValueError(
-                f"MoE: router must have hidden, num_experts, top_k {(hidden, num_experts, top_k)}, got {sizes}"
-            )
+        if sizes != (hidden, routed, top_k):
+            raise ValueError(f"MoE: router must have hidden, num_experts, top_k {(hidden, routed, top_k)}, got {sizes}")
+        if zero_computation is not None and not router.token_choice:
+            raise ValueError("MoE: zero_computation must be None where experts choose, got ZeroComputationExperts")
 
         def linear(wide: int, out: int) -> torch.nn.Linear:
             return torch.nn.Linear(wide, out, bias=False, device=device, dtype=dtype)
@@ -79,6 +84,7 @@ class MoE(torch.nn.Module):
         self.router = router
         self.capacity_factor = capacity_factor
         self.experts = Experts(num_experts, latent or hidden, inner, weight_on=weight_on, **options)
+        self.zero_computation = zero_computation
         self.latent_in = linear(hidden, latent) if latent else None
         self.latent_out = linear(latent, hidden) if latent else None
         # One expert that every token chooses: the same formula, and the same memory law, as the routed ones.
@@ -169,6 +175,8 @@ class MoE(torch.nn.Module):
         y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy, plan=plan)
         if self.latent_out is not None:
             y = self.latent_out(y)
+        if self.zero_computation is not None:  # their ids are out of range, and so dropped, for self.experts
+            y = y + self.zero_computation(tokens, weights, experts, self.experts.num_experts)
         if self.shared is not None:
             y = y + self.shared(tokens, *self._shared_route(tokens))
         y = y.reshape(x.shape)
@@ -187,3 +195,14 @@ class MoE(torch.nn.Module):
         if self.shared_gate is None:
             return torch.ones_like(experts, dtype=torch.float32), experts
         return torch.sigmoid(self.shared_gate(tokens)), experts
+
+
+def _more_experts(zero_computation: Any, hidden: int) -> int:
+    """How many experts the router scores beside those that compute."""
+    expected = "a ZeroComputationExperts or None"
+    module_checks.instance("MoE", "zero_computation", zero_computation, (ZeroComputationExperts, type(None)), expected)
+    if zero_computation is None:
+        return 0
+    if zero_computation.hidden != hidden:
+        raise ValueError(f"MoE: zero_computation must have hidden {hidden}, got {zero_computation.hidden}")
+    return int(zero_computation.num_experts)

@@ -59,7 +59,8 @@ class NoisyTopKRouter(LinearRouter):
             load = result.counts.sum(0).to(clean.dtype)
         else:
             load = _chance(clean, noisy, deviation, result.experts).sum(0)
-        return NoisyRouteResult(*result, load)
+        weights, experts, counts, mean_prob, logsumexp = result
+        return NoisyRouteResult(weights, experts, counts, mean_prob, logsumexp, load)
 
 
 def _chance(clean: Tensor, noisy: Tensor, deviation: Tensor, experts: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ class RouterBase(torch.nn.Module):
     def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         """forward for tokens [tokens, hidden]; statistics are the options stats, segments, num_segments of route."""
 
+    def set_top_k(self, top_k: int) -> None:
+        """Another top_k from now on, where the router has no other size that depends on it."""
+        checks.route(torch.empty(0, self.num_experts, device="cpu"), top_k, None, 1, 1, None, None, 1)
+        self.top_k = top_k
+
     def plan(self, experts: Tensor) -> Plan | None:
         """The plan of experts as `forward` returned them, where experts choose tokens; else None."""
         return None
