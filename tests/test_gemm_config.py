@@ -41,6 +41,14 @@ CHOICES = {
     "deepseek-v3-ep8": [(LARGE, LARGE), (LARGE, LARGE)],
     "gpt-oss-20b": [(LARGE, LARGE), (LARGE, LARGE)],
     "olmoe": [(LARGE, LARGE), (LARGE, LARGE)],
+    "quick-decode": [(SMALL, SMALL), (SMALL, SMALL)],
+    "qwen3-decode": [(SMALL, SMALL), (SMALL, SMALL)],
+    "sonic-7b": [(LARGE, LARGE), (LARGE, LARGE)],
+    "sonic-30b": [(LARGE, LARGE), (LARGE, LARGE)],
+    "qwen3-30b-train": [(LARGE, LARGE), (LARGE, LARGE)],
+    "mixtral-8x7b-prefill": [(LARGE, LARGE), (LARGE, LARGE)],
+    "gpt-oss-20b-prefill": [(LARGE, LARGE), (LARGE, LARGE)],
+    "mixtral-8x7b-decode": [(SMALL, SMALL), (SMALL, SMALL)],
 }
 
 

@@ -53,6 +53,7 @@ IMPORTS = {
     "nn": ["autocast", "checks", "functional", "module_checks", "nn", "ops", "packing", "reference", "types"],
     "config": ["checks", "config", "module_checks", "nn"],
     "monitor": ["checks", "module_checks", "monitor", "nn", "ops", "reference", "types"],
+    "integrations": ["checks", "functional", "integrations", "ops"],
 }
 ENTRY_POINTS = ("__init__", "__main__")  # these may import anything
 

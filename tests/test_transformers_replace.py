@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from transformers_models import ids, logits_and_gradients, tiny_model
+from transformers_models import assert_same_gradients, ids, logits_and_gradients, tiny_model
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
 
@@ -155,10 +155,7 @@ def test_routers(name, said):
     assert said or report.left
     ours, gradients = logits_and_gradients(model, tokens)
     torch.testing.assert_close(ours, eager, rtol=0, atol=TOLERANCE)
-    largest = max(value.abs().max().item() for value in eager_gradients.values())
-    for key, value in eager_gradients.items():
-        atol = TOLERANCE * max(value.abs().max().item(), 1e-2 * largest)
-        torch.testing.assert_close(gradients[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+    assert_same_gradients(tiny_model(name), tokens, gradients, eager_gradients, TOLERANCE)
 
 
 def test_routers_of_new_models():

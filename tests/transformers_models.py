@@ -31,6 +31,7 @@ OPTIONS = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
+    "beam": {"mlp_layer_types": ["sparse", "sparse"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
 
@@ -101,3 +102,23 @@ def logits_and_gradients(model, tokens):
     gradient = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
     logits.backward(gradient.to(logits.dtype) / logits.shape[1])
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(model, tokens, ours, eager, tolerance):
+    """Those of every parameter, up to `tolerance` of its largest value. Where a model is so ill-conditioned that float32
+    itself does not hold that (Gemma 4's norms), ours may be twice as far from float64 as eager is.
+
+    model: as transformers made it, for float64.
+    """
+    assert ours.keys() == eager.keys()
+    largest = max(value.abs().max().item() for value in eager.values())
+    exact = None
+    for key, value in eager.items():
+        allowed = tolerance * max(value.abs().max().item(), 1e-2 * largest)  # a router's may cancel to noise
+        if (ours[key] - value).abs().max() <= allowed:
+            continue
+        if exact is None:
+            model.double().set_experts_implementation("eager")
+            exact = logits_and_gradients(model, tokens)[1]
+        off, eager_off = ((gradient - exact[key]).abs().max().item() for gradient in (ours[key], value))
+        assert off <= 2 * eager_off + allowed / 2, f"{key}: {off} from float64, eager {eager_off}, allowed {allowed}"
