@@ -105,8 +105,8 @@ def logits_and_gradients(model, tokens):
 
 
 def assert_same_gradients(model, tokens, ours, eager, tolerance):
-    """Those of every parameter, up to `tolerance` of its largest value. Where a model is so ill-conditioned that float32
-    itself does not hold that (Gemma 4's norms), ours may be twice as far from float64 as eager is.
+    """Those of every parameter, up to `tolerance` of its largest value. Where a model is so ill-conditioned that
+    float32 itself does not hold that (Gemma 4's norms), ours may be twice as far from float64 as eager is.
 
     model: as transformers made it, for float64.
     """
