@@ -21,13 +21,9 @@ def results(path):
         own = match and match[1] in COLUMNS and case.get("classname", "").rpartition(".")[2] != "test_transformers"
         if not own or case.find("skipped") is not None:
             continue
-        family = re.split(r"-(?=[A-Z])", match[2])[0].replace("nllb-moe", "nllb_moe").removesuffix("_text")
-        if match[1] == "test_routers":
-            family, _, said = family.partition("-")
-            family = family.removesuffix("_text")
-            good = "route" if said == "True" else "left alone"
-        else:
-            good = "yes"
+        family, _, rest = match[2].replace("nllb-moe", "nllb_moe").partition("-")  # rest: of a class, or what is expected
+        family = family.removesuffix("_text")
+        good = {"True": "route", "False": "left alone"}.get(rest, "yes")
         failed = case.find("failure") is not None or case.find("error") is not None
         row = found.setdefault(family, {})
         column = COLUMNS[match[1]]
