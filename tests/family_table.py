@@ -21,7 +21,7 @@ def results(path):
         own = match and match[1] in COLUMNS and case.get("classname", "").rpartition(".")[2] != "test_transformers"
         if not own or case.find("skipped") is not None:
             continue
-        family, _, rest = match[2].replace("nllb-moe", "nllb_moe").partition("-")  # rest: of a class, or what is expected
+        family, _, rest = match[2].replace("nllb-moe", "nllb_moe").partition("-")
         family = family.removesuffix("_text")
         good = {"True": "route", "False": "left alone"}.get(rest, "yes")
         failed = case.find("failure") is not None or case.find("error") is not None
