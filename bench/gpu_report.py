@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 
-from predict import card_of, stages
-from shapes import STANDING
-
 OURS = "moe_ops"
 Row = dict[str, Any]
 
@@ -40,6 +37,11 @@ def read_rows(logs: Path) -> list[Row]:
 
 def add_predictions(rows: list[Row], device_name: str) -> str:
     """Sets `predicted_s` of our own rows; says of which card, or why there are none."""
+    if not rows:
+        return "No time is predicted: no bench has ended."
+    from predict import card_of, stages  # these need moe_ops, which is not there where the build has failed
+    from shapes import STANDING
+
     card = card_of(device_name)
     shapes = {str(shape): shape for shape in STANDING.values()}
     for row in rows:
