@@ -157,7 +157,8 @@ COUNTED = (
     "gpt-oss-20b", "olmoe", "gemma-4-26b", "glm-4.5-air", "llama-4-maverick", "phi-3.5-moe", "jamba",
 )  # fmt: skip
 SAID = (
-    "hidden", "inner", "num_experts", "top_k", "router", "experts", "shared_inner", "shared_gate", "moe_layers",
+    "hidden", "inner", "num_experts", "top_k", "router_kind", "router", "experts", "shared_inner", "shared_gate",
+    "moe_layers",
 )  # fmt: skip
 DEFAULTS = {"activation": "silu", "gated": True, "renormalize": False, "scale": 1.0, "score": "softmax"}
 
@@ -273,6 +274,8 @@ def test_mistakes_are_named():
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=5)
     with pytest.raises(TypeError, match=r"MoEConfig: router must be a mapping of options"):
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router="softmax")
+    with pytest.raises(ValueError, match=r"MoEConfig: router_kind must be one of top_k, sparse_mixer, got 'hash'"):
+        MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind="hash")
     with pytest.raises(TypeError, match=r"changes must be among hidden, inner, .*, got 'width'"):
         MoEConfig.preset("olmoe").replace(width=3)
     with pytest.raises(TypeError, match=r"MoEConfig.preset: name must be a str, got int"):
@@ -299,3 +302,14 @@ def test_a_built_layer_is_the_layer_of_its_options():
         up_offset=1.0,
     )  # fmt: skip
     torch.testing.assert_close(built(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_phi_is_built_with_sparse_mixer():
+    """Its config's router_jitter_noise is SparseMixer's threshold; input_jitter_noise is what MoE does not have."""
+    layer = MoEConfig.preset("phi-3.5-moe").build(hidden=16, inner=12)
+    assert type(layer.router) is moe_ops.nn.SparseMixerRouter
+    assert (layer.router.threshold, layer.router.jitter) == (0.01, 0.0)
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.AutoConfig.for_model("phimoe", router_jitter_noise=0.25, input_jitter_noise=0.5)
+    read = MoEConfig.from_hf(config, count=False)
+    assert read.router == {"threshold": 0.25} and "input_jitter_noise=0.5" in read.unsaid

@@ -259,6 +259,26 @@ def test_recorded_weights_hold_jitter(device):
         assert_bitwise_equal(model(x), expected)
 
 
+def test_every_kind_of_router_is_watched_and_replayed(device):
+    """Noisy top-k, whose statistics are their own type, and a cascade's routers, which stand in no MoE."""
+    noisy = nn.NoisyTopKRouter(HIDDEN, EXPERTS, TOP_K)
+    layer, x = nn.MoE(HIDDEN, 8, EXPERTS, TOP_K, router=noisy).to(device), randn(TOKENS, HIDDEN, seed=13).to(device)
+    replay, health = RouterReplay(layer), RouterHealth(layer)
+    with replay.record():
+        expected, route = layer(x, return_route=True)
+    assert health.summary()["router"].logit_norm == pytest.approx(route.logsumexp.square().mean().sqrt().item())
+    with replay.play(weights="recorded"):
+        played, replayed = layer(x, return_route=True)
+    assert_bitwise_equal(played, expected)
+    assert_bitwise_equal(replayed.counts, route.counts)
+    with pytest.raises(TypeError, match=r"weights must be 'recorded' for router, a NoisyTopKRouter"), replay.play():
+        pass
+    cascade = nn.Cascade(nn.Experts(4, HIDDEN, 8), [nn.Router(HIDDEN, 4, 2), nn.HashRouter(HIDDEN, 4, 1, 9)]).to(device)
+    health = RouterHealth(cascade)
+    cascade(x, token_ids=(torch.arange(TOKENS) % 9).to(device))
+    assert {name: summary.tokens for name, summary in health.summary().items()} == {"routers.0": 40, "routers.1": 40}
+
+
 def test_what_was_not_recorded_is_refused(device):
     model, x = layers(device), randn(TOKENS, HIDDEN, seed=12).to(device)
     replay = RouterReplay(model)

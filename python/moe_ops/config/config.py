@@ -11,6 +11,8 @@ import torch
 from moe_ops import checks, module_checks, nn
 from moe_ops.config.describe import Description, describe
 
+ROUTERS = {"top_k": nn.Router, "sparse_mixer": nn.SparseMixerRouter}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -18,7 +20,8 @@ class MoEConfig:
 
     Args:
         hidden, inner, num_experts, top_k: sizes; inner is that of one expert.
-        router: options of `moe_ops.nn.Router`.
+        router: options of the router.
+        router_kind: "top_k" for `moe_ops.nn.Router`, "sparse_mixer" for `moe_ops.nn.SparseMixerRouter`.
         experts: options of `moe_ops.nn.Experts` (activation, gated, bias, ...), for routed and shared experts alike.
         shared_inner, shared_gate, latent, capacity_factor, drop_policy: as in `moe_ops.nn.MoE`.
         moe_layers: how many such layers the model has.
@@ -36,6 +39,7 @@ class MoEConfig:
     num_experts: int
     top_k: int
     router: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    router_kind: str = "top_k"
     experts: Mapping[str, Any] = field(default_factory=dict, hash=False)
     shared_inner: int = 0
     shared_gate: bool = False
@@ -55,6 +59,8 @@ class MoEConfig:
         module_checks.sizes(op, hidden=self.hidden, inner=self.inner, num_experts=self.num_experts, top_k=self.top_k)
         if self.top_k > self.num_experts:
             raise ValueError(f"{op}: top_k must be between 1 and num_experts ({self.num_experts}), got {self.top_k}")
+        if self.router_kind not in ROUTERS:
+            raise ValueError(f"{op}: router_kind must be one of {', '.join(ROUTERS)}, got {self.router_kind!r}")
         for name in ("router", "experts"):
             module_checks.instance(op, name, getattr(self, name), (Mapping,), "a mapping of options")
             object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's dict stays the caller's
@@ -93,6 +99,7 @@ class MoEConfig:
 
         Raises:
             TypeError, ValueError: config is no transformers config, has no experts, or is of a family not known here.
+            ImportError: transformers is needed to count, and is not installed.
         """
         from moe_ops.config import hf
 
@@ -128,12 +135,15 @@ class MoEConfig:
         config = self.replace(**changes) if changes else self
         if config.unsaid and not approximate:
             raise ValueError(f"MoEConfig: {config.unsaid}; approximate=True builds the layer without it")
+        router = ROUTERS[config.router_kind](
+            config.hidden, config.num_experts, config.top_k, device=device, dtype=dtype, **config.router
+        )
         return nn.MoE(
             config.hidden,
             config.inner,
             config.num_experts,
             config.top_k,
-            router=config.router,
+            router=router,
             shared_inner=config.shared_inner,
             shared_gate=config.shared_gate,
             latent=config.latent,

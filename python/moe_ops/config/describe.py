@@ -86,7 +86,7 @@ def layer_parameters(config: MoEConfig, experts: int) -> int:
 
 
 def saved(config: MoEConfig, tokens: int, size: int) -> int:
-    """Bytes that the experts of one layer keep for `tokens` tokens of `size` bytes a value: DESIGN's memory law.
+    """Bytes that the experts of one layer keep for `tokens` tokens of `size` bytes a value: the memory law of moe_mlp.
 
     x [T, latent or hidden], the pre-activation [T·K, 2I or I], the route weights [T, K] float32, and the plan: offsets
     [E + 1], row_slot [T·K], slot_row [T, K] and counts [E], all int32. The shared expert is one expert of all tokens.

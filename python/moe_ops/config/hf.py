@@ -129,8 +129,12 @@ def jamba(config: Any) -> dict[str, Any]:
 
 
 def phimoe(config: Any) -> dict[str, Any]:
-    unsaid = MoEConfig.preset("phi-3.5-moe").unsaid.replace("phi-3.5-moe", "phimoe")
-    return plain(config, router={"jitter": config.router_jitter_noise}, unsaid=unsaid)
+    noise, unsaid = config.input_jitter_noise, ""
+    if noise > 0:
+        unsaid = f"phimoe multiplies what the experts see by noise in training (input_jitter_noise={noise})"
+    # What the family calls the router's noise is SparseMixer's threshold.
+    router = {"threshold": config.router_jitter_noise}
+    return plain(config, router_kind="sparse_mixer", router=router, unsaid=unsaid)
 
 
 def switch(config: Any) -> dict[str, Any]:

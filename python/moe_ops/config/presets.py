@@ -95,7 +95,7 @@ model(
 model(
     "deepseek-v2-lite", hidden=2048, inner=1408, num_experts=64, top_k=6, shared_inner=2 * 1408,
     vocab=102400, blocks=27, moe_layers=26, attention=27 * mla(2048, 16, None, 512), dense=mlp(2048, 10944),
-    extra=0, source="DeepSeek-AI 2024 (arXiv:2405.04434), appendix B; config.json of deepseek-ai/DeepSeek-V2-Lite",
+    source="DeepSeek-AI 2024 (arXiv:2405.04434), appendix B; config.json of deepseek-ai/DeepSeek-V2-Lite",
 )  # fmt: skip
 model(
     "deepseek-v2", hidden=5120, inner=1536, num_experts=160, top_k=6, shared_inner=2 * 1536,
@@ -191,11 +191,11 @@ for name, num_experts, dense in (("scout", 16, 0), ("maverick", 128, 24)):
         "vision tower)",
     )  # fmt: skip
 model(
-    "phi-3.5-moe", hidden=4096, inner=6400, num_experts=16, top_k=2, router={"jitter": 0.01},
-    vocab=32064, blocks=32, attention=32 * gqa(4096, 32, 8, 128, qkv_bias=True, out_bias=True),
+    "phi-3.5-moe", hidden=4096, inner=6400, num_experts=16, top_k=2,
+    router_kind="sparse_mixer", router={"threshold": 0.01}, vocab=32064, blocks=32,
+    attention=32 * gqa(4096, 32, 8, 128, qkv_bias=True, out_bias=True),
     norms=2 * (2 * 32 + 1) * 4096, extra=32064,  # LayerNorms with biases; a bias on the output projection
     source="Abdin et al. 2024 (arXiv:2404.14219), section 5; config.json of microsoft/Phi-3.5-MoE-instruct",
-    unsaid="phi-3.5-moe routes by SparseMixer (Liu et al. 2023, arXiv:2310.00811), which is no score of Router",
 )  # fmt: skip
 model(
     "jamba", hidden=4096, inner=14336, num_experts=16, top_k=2, vocab=65536, blocks=32, moe_layers=16,

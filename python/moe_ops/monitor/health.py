@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_ops import checks, module_checks, nn
 from moe_ops.monitor import routers
 from moe_ops.monitor.layer import Layer, LayerSummary
-from moe_ops.types import RouteResult
+from moe_ops.nn.router_base import segment_counts
+from moe_ops.types import NoisyRouteResult, RouteResult
 
 
 class RouterHealth:
@@ -51,18 +52,24 @@ class RouterHealth:
         if model is not None:
             self._attach(model)
 
-    def update(self, name: str, route: RouteResult | tuple[Tensor, Tensor], num_experts: int | None = None, *,
-               capacity: int | None = None) -> None:  # fmt: skip
+    def update(
+        self,
+        name: str,
+        route: RouteResult | NoisyRouteResult | tuple[Tensor, Tensor],
+        num_experts: int | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> None:
         """Adds what one router did to one batch.
 
         Args:
             name: of the layer.
-            route: a RouteResult, or the pair (weights, experts) [T, K], whose ids are counted here.
+            route: what a router returns with stats=True, or the pair (weights, experts) [T, K], whose ids are counted.
             num_experts: needed where route is a pair.
             capacity: rows an expert takes; slots beyond it count as dropped.
         """
         op = "RouterHealth.update"
-        result = route if isinstance(route, RouteResult) else None
+        result = route if isinstance(route, (RouteResult, NoisyRouteResult)) else None
         experts = route[1]
         if result is not None:
             num_experts = result.counts.shape[1]
@@ -71,7 +78,7 @@ class RouterHealth:
         num_classes = max(len(self.classes), 1)
         with torch.no_grad():
             if result is None or self.classes:
-                counts = routers.count(experts, num_experts, self._class_ids(experts), num_classes)
+                counts = segment_counts(experts, num_experts, self._class_ids(experts), num_classes)
             else:
                 counts = result.counts.sum(0, keepdim=True)
             layer = self.layers.get(name)

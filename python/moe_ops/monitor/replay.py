@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moe_ops import checks, module_checks, nn, reference
 from moe_ops.monitor import routers
-from moe_ops.types import RouteResult
+from moe_ops.nn.router_base import segment_counts
+from moe_ops.types import NoisyRouteResult, RouteResult
 
 WEIGHTS = {"recomputed": 0, "recorded": 1}
 
@@ -72,6 +73,7 @@ class RouterReplay:
 
         Raises:
             RuntimeError: a router is called more often than was recorded, or, at the end, less often.
+            TypeError: weights is "recomputed", and a router is no `moe_ops.nn.Router`.
             ValueError: a call has another number of tokens than was recorded.
         """
         recorded = bool(checks.option("RouterReplay.play", "weights", weights, WEIGHTS))
@@ -117,10 +119,10 @@ class Player:
         self.played += 1
         if not self.recorded:
             weights = self.weigh(router, output[0], output[1], experts)
-        if not isinstance(output, RouteResult):
+        if not isinstance(output, (RouteResult, NoisyRouteResult)):
             return weights, experts
         segments, num_segments = kwargs.get("segments"), kwargs.get("num_segments", 1)
-        counts = routers.count(experts, router.num_experts, segments, num_segments)
+        counts = segment_counts(experts, router.num_experts, segments, num_segments)
         return output._replace(weights=weights, experts=experts, counts=counts)
 
     def weigh(self, router: Any, natural: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:

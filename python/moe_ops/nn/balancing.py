@@ -24,6 +24,9 @@ class LossFreeBalancing:
         model: any module; its `Router`s built with correction_bias=True are found now.
         rate: the step; may be set later (DeepSeek-V3 ends with 0).
         group: sums the counts over the ranks of this process group, one collective per update.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the model has no router with a correction bias.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class ExpertChoiceRouter(LinearRouter):
         if not statistics["stats"]:
             return weights, experts
         all_experts = ops.route(logits, self.num_experts, **statistics)
-        counts = segment_counts(experts, self.num_experts, statistics)
+        counts = segment_counts(experts, self.num_experts, statistics["segments"], statistics["num_segments"])
         return RouteResult(weights, experts, counts, all_experts.mean_prob, all_experts.logsumexp)
 
     def plan(self, experts: Tensor) -> Plan:

@@ -88,7 +88,7 @@ class HashRouter(LinearRouter):
             return weights, experts
         score = "softmax" if self.score == "uniform" else self.score
         would: Any = ops.route(logits, self.top_k, score=score, **statistics)
-        counts = segment_counts(experts, self.num_experts, statistics)
+        counts = segment_counts(experts, self.num_experts, statistics["segments"], statistics["num_segments"])
         return RouteResult(weights, experts, counts, would.mean_prob, would.logsumexp)
 
     def extra_repr(self) -> str:

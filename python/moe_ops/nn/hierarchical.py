@@ -88,7 +88,7 @@ class HierarchicalRouter(LinearRouter):
         product = of_group.log_softmax(1).unsqueeze(2) + of_expert.log_softmax(2)
         every: Any = ops.route(product.flatten(1), self.top_k, **statistics)
         logsumexp = torch.cat([of_group, of_expert.flatten(1)], 1).logsumexp(1)
-        counts = segment_counts(experts, self.num_experts, statistics)
+        counts = segment_counts(experts, self.num_experts, statistics["segments"], statistics["num_segments"])
         return RouteResult(weights, experts, counts, every.mean_prob, logsumexp)
 
     def extra_repr(self) -> str:

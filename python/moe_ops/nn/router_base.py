@@ -21,15 +21,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def segment_counts(experts: Tensor, num_experts: int, statistics: dict[str, Any]) -> Tensor:
-    """[num_segments, num_experts] int32: slots per expert, for choices that route did not make itself."""
-    segments, num_segments = statistics["segments"], statistics["num_segments"]
-    ids = experts
+def segment_counts(experts: Tensor, num_experts: int, segments: Tensor | None = None, num_segments: int = 1) -> Tensor:
+    """[num_segments, num_experts] int32: slots per expert, for choices that route did not make itself.
+
+    Args:
+        experts: [tokens, k] int32 or int64; ids outside 0..num_experts-1 count nowhere.
+        segments: [tokens] integer, the segment of each token; those outside 0..num_segments-1 count nowhere.
+    """
     if segments is not None:
         known = (segments >= 0) & (segments < num_segments)
-        first = torch.where(known, segments, 0).to(torch.int32) * num_experts  # [tokens]
-        ids = torch.where(known.unsqueeze(1) & (experts >= 0), experts + first.unsqueeze(1), -1)
-    return ops.plan(ids, num_segments * num_experts).counts.view(num_segments, num_experts)
+        first = (torch.where(known, segments, 0) * num_experts).to(experts.dtype)  # [tokens]
+        valid = known.unsqueeze(1) & (experts >= 0) & (experts < num_experts)
+        experts = torch.where(valid, experts + first.unsqueeze(1), -1)
+    return ops.plan(experts, num_segments * num_experts).counts.view(num_segments, num_experts)
 
 
 class RouterBase(torch.nn.Module):

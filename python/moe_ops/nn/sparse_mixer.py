@@ -55,7 +55,7 @@ class SparseMixerRouter(LinearRouter):
         if not statistics["stats"]:
             return torch.cat(weights, 1), experts
         every: Any = ops.route(logits, self.top_k, **statistics)
-        counts = segment_counts(experts, self.num_experts, statistics)
+        counts = segment_counts(experts, self.num_experts, statistics["segments"], statistics["num_segments"])
         return RouteResult(torch.cat(weights, 1), experts, counts, every.mean_prob, every.logsumexp)
 
     def _pick(self, logits: Tensor, remaining: Tensor) -> tuple[Tensor, Tensor]:
