@@ -1,7 +1,7 @@
-"""Writes the README's table of transformers' families from the results of their tests.
+"""Writes the table of transformers' families in docs/transformers.md from the results of their tests.
 
 pytest tests/test_transformers*.py --junitxml=results.xml
-python tests/family_table.py results.xml README.md
+python tests/family_table.py results.xml docs/transformers.md
 """
 
 import re
