@@ -293,7 +293,7 @@ class Table:
 
 
 def not_copied(kernel: Kernel) -> str:
-    """What a main loop has beside asynchronous copies of 16 bytes; empty where it has no copies at all."""
+    """What a main loop reads from global memory other than by asynchronous copies of 16 bytes; empty where nothing."""
     loop = kernel.main_loop()
     narrow = kernel.count("LDGSTS", code=loop) - kernel.count("LDGSTS", "128", loop)
     loads = kernel.count("LDG", code=loop)

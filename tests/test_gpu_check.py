@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
+def bench_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+
+@pytest.fixture
 def run(tmp_path, pytestconfig):
     if pytestconfig.getoption("--device") != "cpu":
         pytest.skip("a script of the host")
@@ -76,8 +81,7 @@ pass_over other "it is not there"
     assert "trouble" in done.stdout and "other: passed over: it is not there" in done.stdout
 
 
-def test_the_report_puts_predictions_beside_measurements(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def test_the_report_puts_predictions_beside_measurements(bench_path, tmp_path):
     import gpu_report
     from shapes import STANDING
 
@@ -98,8 +102,7 @@ def test_the_report_puts_predictions_beside_measurements(monkeypatch, tmp_path):
     assert "No time is predicted" in gpu_report.add_predictions(rows, "some other card")
 
 
-def test_predictions_follow_tiles_and_waves(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def test_predictions_follow_tiles_and_waves(bench_path):
     import predict
     from shapes import Shape
 
@@ -115,12 +118,11 @@ def test_predictions_follow_tiles_and_waves(monkeypatch):
     assert few == pytest.approx((2 * 4096 + 2 * 8192 * 4096 + 2 * 8192) * 2 / 2.039e12 + predict.LAUNCH)
 
 
-def test_a_bench_on_cuda_says_what_is_missing(monkeypatch, capsys):
+def test_a_bench_on_cuda_says_what_is_missing(bench_path, capsys):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from report import Report, parse_args
 
     with pytest.raises(SystemExit, match="--device cuda: "):
@@ -130,8 +132,7 @@ def test_a_bench_on_cuda_says_what_is_missing(monkeypatch, capsys):
     assert "float64 is supported on the CPU only" in capsys.readouterr().err
 
 
-def test_predictions_take_the_tiles_that_are_launched(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def test_predictions_take_the_tiles_that_are_launched(bench_path):
     import predict
     from moe_ops import _C
     from shapes import STANDING

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from transformers_models import assert_same_gradients, ids, logits_and_gradients, tiny_model
+from transformers_models import TINY, assert_same_gradients, draw, ids, logits_and_gradients, tiny_model
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
 
@@ -17,8 +17,6 @@ TOLERANCE = 5e-6
 def seq2seq(name):
     """Logits and gradients are asked of an encoder and decoder given the same tokens."""
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-    from transformers_models import TINY, draw
 
     sizes = {
         "vocab_size": TINY["vocab_size"], "d_model": 32, "d_ff": 24, "d_kv": 8, "num_heads": 4, "num_layers": 2,
@@ -35,8 +33,6 @@ def seq2seq(name):
 
 def dbrx():
     from transformers import DbrxConfig, DbrxForCausalLM
-
-    from transformers_models import draw
 
     torch.manual_seed(0)
     ffn = {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}
@@ -111,8 +107,6 @@ def test_step3p7(limit):
     from types import SimpleNamespace
 
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
-
-    from transformers_models import draw
 
     config = SimpleNamespace(num_local_experts=8, hidden_size=24, moe_intermediate_size=20, hidden_act="silu")
     theirs = draw(torch.nn.Sequential(Step3p7Experts(config, limit)))

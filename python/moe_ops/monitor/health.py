@@ -67,6 +67,9 @@ class RouterHealth:
             route: what a router returns with stats=True, or the pair (weights, experts) [T, K], whose ids are counted.
             num_experts: needed where route is a pair.
             capacity: rows an expert takes; slots beyond it count as dropped.
+
+        Raises:
+            TypeError, ValueError: num_experts is missing or wrong, or classes are kept and these tokens have none.
         """
         op = "RouterHealth.update"
         result = route if isinstance(route, (RouteResult, NoisyRouteResult)) else None
@@ -89,7 +92,14 @@ class RouterHealth:
 
     @contextmanager
     def token_classes(self, ids: Tensor) -> Iterator[None]:
-        """The classes of the tokens of forwards in here: ids of any shape, one per token; others count nowhere."""
+        """The classes of the tokens of forwards in here.
+
+        Args:
+            ids: integers of any shape, one per token; those outside the classes count nowhere.
+
+        Raises:
+            ValueError: RouterHealth was built without classes, or a forward has another number of tokens.
+        """
         if not self.classes:
             raise ValueError("RouterHealth.token_classes: RouterHealth must be built with classes, got none")
         self._ids = ids.reshape(-1)
@@ -127,7 +137,11 @@ class RouterHealth:
         return {name: layer.summary() for name, layer in self.layers.items()}
 
     def together(self, name: str) -> Tensor:
-        """[E, E], how much likelier than by chance two experts are chosen by one token; 1 is chance, 0 is never."""
+        """[E, E] float64, how much likelier than by chance two experts are chosen by one token: 1 is chance, 0 never.
+
+        Raises:
+            ValueError: no such layer was seen, or RouterHealth was built without coactivation.
+        """
         layer = self._layer("together", name)
         if layer.together is None:
             raise ValueError("RouterHealth.together: RouterHealth must be built with coactivation=True")
@@ -137,7 +151,11 @@ class RouterHealth:
         return torch.where(expected > 0, pairs / expected.clamp(min=1e-300), 0.0)
 
     def specialisation(self, name: str) -> Tensor:
-        """[classes, E], the share of a class's slots that an expert takes; rows sum to 1, or to 0 where it is empty."""
+        """[classes, E] float64, the share of a class's slots that an expert takes; rows sum to 1, to 0 without tokens.
+
+        Raises:
+            ValueError: no such layer was seen.
+        """
         counts = self._layer("specialisation", name).by_class.double().cpu()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 

@@ -36,6 +36,9 @@ class RouterReplay:
     Attributes:
         routing: for every router by name, (weights [T, K], experts [T, K]) of each of its calls, in order, without
             gradients. It may be saved with torch.save, moved and loaded.
+
+    Raises:
+        TypeError, ValueError: model is no Module, or has no router.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

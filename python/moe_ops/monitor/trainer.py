@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def figures(health: RouterHealth) -> dict[str, float]:
-    """Three figures of the worst layer, and the share of dead experts and of dropped slots over all."""
+    """Two figures of the worst layer, the share of dead experts, and that of dropped slots, a mean over the layers."""
     summaries = list(health.summary().values())
     if not summaries:
         return {}

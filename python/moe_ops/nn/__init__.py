@@ -1,4 +1,8 @@
-"""Modules over the operators: a router chooses the experts, Experts holds and applies them, MoE is the whole layer."""
+"""Modules over the operators: a router chooses the experts, Experts holds and applies them, MoE is the whole layer.
+
+Every constructor, function and method raises a TypeError or ValueError that names itself, the argument, what was
+expected and what came. `device` and `dtype` are those of the parameters: float32, bfloat16, float16 or float64.
+"""
 
 from moe_ops.nn import init
 from moe_ops.nn.balancing import LossFreeBalancing

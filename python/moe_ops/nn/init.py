@@ -16,8 +16,11 @@ def truncated_normal_(weight: Tensor, *, scale: float = 0.1) -> Tensor:
     section 2.4, against 1.0 of dense models).
 
     Args:
-        weight: [..., fan_in]: a router's weight, or w_in and w_out of `Experts`.
+        weight: [..., fan_in], any float dtype: a router's weight, or w_in and w_out of `Experts`.
         scale: greater than 0.
+
+    Returns:
+        The weight.
     """
     op = "truncated_normal_"
     module_checks.instance(op, "weight", weight, (Tensor,), "a Tensor of shape [..., fan_in]")
@@ -43,7 +46,8 @@ def upcycle_(experts: Experts, w_in: Tensor, w_out: Tensor, *, noise: float = 0.
     arXiv:2212.05055); learned biases become zero.
 
     Args:
-        w_in: [2 * inner or inner, hidden] in the experts' layout.
+        experts: changed in place, and returned.
+        w_in: [2 * inner or inner, hidden] in the experts' layout, any float dtype.
         w_out: [hidden, inner].
         noise: deviation of normal noise on each expert's copy, as a fraction of the weight's own deviation, so that
             experts differ where the router does not yet.

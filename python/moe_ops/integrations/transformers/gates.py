@@ -27,7 +27,7 @@ QUICK_GELU = 1.702
 # Both signs, from what no clamp reaches to what every clamp does.
 VALUES = (0.0, 1e-3, 0.1, 0.3, 0.7, 1.0, 1.6, 2.4, 3.3, 4.5, 5.9, 6.9, 7.1, 8.8, 9.9, 10.1, 12.0, 16.5, 40.0, 300.0)
 
-CACHE = "_moe_ops_gate"  # the attribute that keeps what was measured
+CACHE = "_moe_ops_gate"  # the attribute that keeps what was measured, and of what
 
 Pairs = tuple[tuple[str, Any], ...]  # of keyword and value: a dict that stands for a constant cannot be traced
 
@@ -54,7 +54,7 @@ def options(experts: torch.nn.Module, has_gate: bool) -> Pairs | None:
 def of_activation(module: torch.nn.Module, name: str) -> Pairs | None:
     """As options, of the module's activation under this name: without a gate."""
     known = vars(module).get(CACHE)
-    if known is None:
+    if known is None or known[0] != name:
         known = (name, _measure_activation(getattr(module, name)))
         vars(module)[CACHE] = known
     return known[1]

@@ -66,7 +66,7 @@ def measure(router: torch.nn.Module, linear: str) -> Said | str:
         torch.manual_seed(0)
         router, tokens = _with_numbers(router, linear)
         try:
-            found = [router(tokens) for router in (router.eval(), router.train(), router.train())]
+            found = [mode(tokens) for mode in (router.eval(), router.train(), router.train())]
             if not all(_is_triple(result, router.get_submodule(linear)) for result in found):
                 return "does not return logits, weights and ids"
             if any(not torch.equal(found[0][1], other[1]) for other in found[1:]):
