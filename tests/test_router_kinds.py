@@ -6,9 +6,8 @@ from torch.nn import functional as F
 
 from accuracy import assert_close
 from cases import WIDEST
+from layers import ATOL, EXPERTS, HIDDEN, INNER, RTOL, TOP_K, assert_same_gradients, build, dense_moe, tokens
 from moe_ops import nn
-from test_nn import EXPERTS, HIDDEN, INNER, TOP_K, tokens
-from test_routers import ATOL, RTOL, assert_same_gradients, build, dense_moe
 
 # ---- hash -----------------------------------------------------------------------------------------------------------
 

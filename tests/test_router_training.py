@@ -8,9 +8,8 @@ import torch.distributed as dist
 
 from accuracy import assert_close
 from cases import WIDEST
+from layers import ATOL, EXPERTS, HIDDEN, INNER, RTOL, TOP_K, assert_same_gradients, build, feed_forward, tokens
 from moe_ops import losses, nn
-from test_nn import EXPERTS, HIDDEN, INNER, TOP_K, feed_forward, tokens
-from test_routers import ATOL, RTOL, assert_same_gradients, build
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
 

@@ -8,38 +8,8 @@ from torch.nn import functional as F
 
 from accuracy import assert_close
 from cases import WIDEST
+from layers import ATOL, EXPERTS, HIDDEN, INNER, RTOL, TOP_K, assert_same_gradients, build, dense_moe, tokens
 from moe_ops import nn
-from test_nn import EXPERTS, HIDDEN, INNER, TOP_K, feed_forward, tokens
-
-RTOL, ATOL = 1e-9, 1e-11
-
-
-def build(kind, *args, seed=0, **options):
-    torch.manual_seed(seed)
-    return kind(HIDDEN, *args, dtype=WIDEST, **options)
-
-
-def assert_same_gradients(ours, expected, wanted, seed=5):
-    """The gradients of two tensors of one shape, under the same outgoing one."""
-    grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    grad = grad.to(ours.dtype).to(ours.device)
-    pairs = zip(
-        torch.autograd.grad(ours, wanted, grad, retain_graph=True),
-        torch.autograd.grad(expected, wanted, grad, retain_graph=True),
-        strict=True,
-    )
-    for mine, theirs in pairs:
-        assert theirs.abs().max() > 0
-        assert_close(mine, theirs, rtol=RTOL, atol=ATOL)
-
-
-def dense_moe(layer, x, gates):
-    """sum over e of gates[t, e] · expert e of x[t], for gates [tokens, experts] made elsewhere."""
-    rows = [
-        sum(gates[t, e] * feed_forward(x[t], layer.experts, e) for e in range(gates.shape[1])) for t in range(len(x))
-    ]
-    return torch.stack(rows)
-
 
 # ---- Switch ---------------------------------------------------------------------------------------------------------
 
