@@ -62,7 +62,8 @@ if ! command -v "$python" > /dev/null; then
   echo "there is no $python: nothing can be run. PYTHON names one that has torch"
   exit 1
 fi
-if ! torch=$("$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available())' 2> "$logs/torch"); then
+if ! torch=$("$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available())' \
+  2> "$logs/torch"); then
   echo "torch cannot be imported: $(tail -n 1 "$logs/torch"). PYTHON names the interpreter that has it"
   exit 1
 fi

@@ -169,9 +169,8 @@ class MoE(torch.nn.Module):
         else:
             weights, experts = self.router(tokens, token_ids=token_ids)
         inputs = tokens if self.latent_in is None else self.latent_in(tokens)
-        capacity = self.capacity(tokens.shape[0])
-        # plan, permute, grouped_gemm, grouped_gemm and combine, in one.
-        plan = self.router.plan(experts)
+        capacity, plan = self.capacity(tokens.shape[0]), self.router.plan(experts)
+        # plan (but for a router's own), permute, grouped_gemm, grouped_gemm and combine, in one.
         y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy, plan=plan)
         if self.latent_out is not None:
             y = self.latent_out(y)

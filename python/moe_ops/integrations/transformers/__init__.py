@@ -3,8 +3,9 @@
     moe_ops.integrations.transformers.enable()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_ops")
 
-`enable` serves the models whose experts are a plug-in (64 families and more); `replace` changes the modules of those
-that are none. Both report what they did. The extra `transformers` brings the library in a version that fits.
+`enable` serves the models whose experts are a plug-in (more than sixty families: docs/transformers.md); `replace`
+changes the modules of those that are none. Both report what they did. The extra `transformers` brings the library in a
+version that fits.
 """
 
 from moe_ops.integrations.transformers.enabling import enable
