@@ -99,20 +99,20 @@ class MoE(torch.nn.Module):
     @capacity_factor.setter
     def capacity_factor(self, factor: float | None) -> None:
         # The factor as it was written, in integers: 1.1 · 50 is 55 rows, and a symbolic number of tokens stays one.
-        self.capacity_ratio: tuple[int, int] | None = None
+        self._capacity_ratio: tuple[int, int] | None = None
         if factor is not None:
             checks.number("MoE", "capacity_factor", factor, positive=True)
             if not self.router.token_choice:
                 raise ValueError(f"MoE: capacity_factor must be None where experts choose, got {factor}")
-            share = Fraction(self.router.top_k, self.router.num_experts)
-            self.capacity_ratio = (Fraction(str(factor)) * share).as_integer_ratio()
+            self._capacity_ratio = Fraction(str(factor)).as_integer_ratio()
         self._capacity_factor = factor
 
     def capacity(self, tokens: int) -> int | None:
         """Rows an expert takes from a batch of this many tokens; None where there is no limit."""
-        if self.capacity_ratio is None:
+        if self._capacity_ratio is None:
             return None
-        rows, per_tokens = self.capacity_ratio
+        rows, per_tokens = self._capacity_ratio
+        rows, per_tokens = rows * self.router.top_k, per_tokens * self.router.num_experts
         return (tokens * rows + per_tokens - 1) // per_tokens
 
     @overload
