@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_ops import checks, module_checks, nn, reference
 from moe_ops.monitor import routers
-from moe_ops.types import RouteResult
+from moe_ops.types import NoisyRouteResult, RouteResult
 
 WEIGHTS = {"recomputed": 0, "recorded": 1}
 
@@ -51,7 +51,9 @@ class RouterReplay:
 
         def keep(name: str) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                self.routing[name].append((output[0].detach(), output[1].detach()))
+                with torch.inference_mode(False):  # tensors of a rollout in inference mode could not be trained on
+                    weights, experts = (t.detach().clone() if t.is_inference() else t.detach() for t in output[:2])
+                self.routing[name].append((weights, experts))
 
             return hook
 
@@ -75,8 +77,10 @@ class RouterReplay:
             ValueError: a call has another number of tokens than was recorded.
         """
         recorded = bool(checks.option("RouterReplay.play", "weights", weights, WEIGHTS))
-        players = [Player(name, router, self.routing.get(name, []), recorded) for name, router in self._routers.items()]
+        players: list[Player] = []
         try:
+            for name, router in self._routers.items():
+                players.append(Player(name, router, self.routing.get(name, []), recorded))
             yield self
             for player in players:
                 player.check_end()
@@ -103,7 +107,8 @@ class Player:
                 return self.logits
 
             router.logits = logits
-        self.hook = router.register_forward_hook(self.replace, with_kwargs=True)
+        # Before the hooks of RouterHealth and LossFreeBalancing, which count what is used.
+        self.hook = router.register_forward_hook(self.replace, prepend=True, with_kwargs=True)
 
     def replace(self, router: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if self.played == len(self.calls):
@@ -117,7 +122,7 @@ class Player:
         self.played += 1
         if not self.recorded:
             weights = self.weigh(router, output[0], output[1], experts)
-        if not isinstance(output, RouteResult):
+        if not isinstance(output, (RouteResult, NoisyRouteResult)):
             return weights, experts
         segments, num_segments = kwargs.get("segments"), kwargs.get("num_segments", 1)
         counts = routers.count(experts, router.num_experts, segments, num_segments)

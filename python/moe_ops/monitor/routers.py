@@ -7,14 +7,13 @@ import inspect
 import torch
 from torch import Tensor
 
-from moe_ops import nn, ops
+from moe_ops import ops
+from moe_ops.nn.router_base import RouterBase
 
 
 def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every router of a moe_ops.nn.MoE, and routers that stand alone, by their names in the model."""
-    within = {id(m.router) for m in model.modules() if isinstance(m, nn.MoE)}
-    found = model.named_modules()
-    return {name or "router": m for name, m in found if id(m) in within or isinstance(m, nn.Router)}
+    """Every router of moe_ops.nn, of an MoE, a Cascade or alone, by its name in the model."""
+    return {name or "router": m for name, m in model.named_modules() if isinstance(m, RouterBase)}
 
 
 def foreign_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
