@@ -175,6 +175,21 @@ def test_zero_computation_experts_match_formulas(counts, device):
     assert_same_gradients(y, expected, [x, *layer.parameters()])
 
 
+def test_projections_and_zero_computation_experts_follow_the_tokens_dtype():
+    """float32 weights under bfloat16 tokens, and autocast: bfloat16 out, within its rounding of float32."""
+    more = nn.ZeroComputationExperts(HIDDEN, skip=1, constant=1)
+    layer = nn.MoE(HIDDEN, INNER, EXPERTS, TOP_K, latent=8, shared_inner=4, shared_gate=True, zero_computation=more)
+    x = tokens(20).bfloat16()
+    expected = layer(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = layer(x.float())
+    for y in (layer(x), under_autocast):
+        assert y.dtype == torch.bfloat16
+        assert (y - expected).abs().max() < 0.03 * expected.abs().max()
+    y.float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_cascade_applies_experts_in_sequence(residual, device):
     torch.manual_seed(0)
