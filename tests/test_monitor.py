@@ -129,6 +129,10 @@ def test_update_refuses_what_it_cannot_count():
     with pytest.raises(TypeError, match=r"update: experts must be of dtype int32 or int64, got float32"):
         health.update("a", (ids, ids.float()), 4)
     health.update("a", (ids, ids), 4)
+    with pytest.raises(TypeError, match=r"update: capacity must be an int, got str 'x'"):
+        health.update("a", (ids, ids), 4, capacity="x")
+    with pytest.raises(TypeError, match=r"token_classes: ids must be a Tensor, got list"):
+        RouterHealth(classes=["noun"]).token_classes([0]).__enter__()
     with pytest.raises(ValueError, match=r"update: num_experts must be 4 as before for 'a', got 5"):
         health.update("a", (ids, ids), 5)
 

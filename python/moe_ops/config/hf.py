@@ -130,7 +130,8 @@ def jamba(config: Any) -> dict[str, Any]:
 
 def phimoe(config: Any) -> dict[str, Any]:
     unsaid = MoEConfig.preset("phi-3.5-moe").unsaid.replace("phi-3.5-moe", "phimoe")
-    return plain(config, router={"jitter": config.router_jitter_noise}, unsaid=unsaid)
+    # router_jitter_noise is SparseMixer's threshold.
+    return plain(config, router={"jitter": config.input_jitter_noise}, unsaid=unsaid)
 
 
 def switch(config: Any) -> dict[str, Any]:

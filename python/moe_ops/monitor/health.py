@@ -74,6 +74,9 @@ class RouterHealth:
             num_experts = result.counts.shape[1]
         checks.integer(op, "num_experts", num_experts, 1, checks.MAX_INT32)
         assert num_experts is not None
+        for size, value in (("capacity", capacity), ("computing", computing)):
+            if value is not None:
+                checks.integer(op, size, value, 0)
         num_classes = max(len(self.classes), 1)
         if name in self.layers and self.layers[name].num_experts != num_experts:
             had = self.layers[name].num_experts
@@ -96,6 +99,7 @@ class RouterHealth:
         """The classes of the tokens of forwards in here: ids of any shape, one per token; others count nowhere."""
         if not self.classes:
             raise ValueError("RouterHealth.token_classes: RouterHealth must be built with classes, got none")
+        module_checks.instance("RouterHealth.token_classes", "ids", ids, (Tensor,), "a Tensor")
         self._ids = ids.reshape(-1)
         try:
             yield
