@@ -142,7 +142,7 @@ def transformers_config(name):
         "glm-4.5-air": ("glm4_moe", {"attention_bias": True, "head_dim": 128}),
         "llama-4-scout": ("llama4_text", {}),
         "llama-4-maverick": ("llama4_text", maverick),
-        "phi-3.5-moe": ("phimoe", {"attention_bias": True, "lm_head_bias": True}),
+        "phi-3.5-moe": ("phimoe", {"attention_bias": True, "lm_head_bias": True, "input_jitter_noise": 0.01}),
         "jamba": ("jamba", {}),
     }[name]
     try:
@@ -276,6 +276,15 @@ def test_mistakes_are_named():
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router="softmax")
     with pytest.raises(ValueError, match=r"MoEConfig: router_kind must be one of top_k, sparse_mixer, got 'hash'"):
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind="hash")
+    for wrong, text in (
+        ({"latent": 0}, "latent must be at least 1, got 0"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be greater than 0, got -1.0"),
+        ({"drop_policy": "last"}, "drop_policy must be one of .*, got 'last'"),
+        ({"tied": "yes"}, "tied must be True or False, got str 'yes'"),
+        ({"name": 3}, "name must be a str, got int 3"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^MoEConfig: {text}"):
+            MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, **wrong)
     with pytest.raises(TypeError, match=r"changes must be among hidden, inner, .*, got 'width'"):
         MoEConfig.preset("olmoe").replace(width=3)
     with pytest.raises(TypeError, match=r"MoEConfig.preset: name must be a str, got int"):

@@ -1,5 +1,6 @@
 """RouterHealth against loops over tokens, with and without hooks; RouterReplay to the bit, forward and backward."""
 
+import copy
 import math
 
 import pytest
@@ -119,6 +120,70 @@ def test_update_by_hand_takes_results_and_pairs(device):
         by_pair.together("a")
     with pytest.raises(ValueError, match=r"must have a moe_ops.nn router or experts of transformers, got none"):
         RouterHealth(torch.nn.Linear(2, 2))
+
+
+def test_update_refuses_what_it_cannot_count():
+    health, ids = RouterHealth(), torch.zeros(3, 2, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"update: route must be a pair \(weights, experts\) or a RouteResult, got int"):
+        health.update("a", 3)
+    with pytest.raises(TypeError, match=r"update: experts must be of dtype int32 or int64, got float32"):
+        health.update("a", (ids, ids.float()), 4)
+    health.update("a", (ids, ids), 4)
+    with pytest.raises(TypeError, match=r"update: capacity must be an int, got str 'x'"):
+        health.update("a", (ids, ids), 4, capacity="x")
+    with pytest.raises(TypeError, match=r"token_classes: ids must be a Tensor, got list"):
+        RouterHealth(classes=["noun"]).token_classes([0]).__enter__()
+    with pytest.raises(ValueError, match=r"update: num_experts must be 4 as before for 'a', got 5"):
+        health.update("a", (ids, ids), 5)
+
+
+def test_experts_that_do_not_compute_drop_nothing(device):
+    more = nn.ZeroComputationExperts(HIDDEN, zero=1, skip=1)
+    layer = nn.MoE(HIDDEN, 8, EXPERTS, 1, zero_computation=more, capacity_factor=1.0).to(device)
+    health = RouterHealth(layer)
+    with torch.no_grad():
+        layer.router.weight.zero_()[-1] = 1.0
+    layer(torch.ones(TOKENS, HIDDEN, device=device))
+    (summary,) = health.summary().values()
+    assert summary.load == [0.0] * (EXPERTS + 1) + [EXPERTS + 2.0] and summary.dropped == 0
+    with torch.no_grad():
+        layer.router.weight.zero_()[0] = 1.0
+    health.reset()
+    layer(torch.ones(TOKENS, HIDDEN, device=device))
+    (summary,) = health.summary().values()
+    assert summary.dropped == 1 - math.ceil(TOKENS / (EXPERTS + 2)) / TOKENS
+
+
+def test_routers_of_a_cascade_are_watched_and_replayed(device):
+    steps = [nn.NoisyTopKRouter(HIDDEN, EXPERTS, TOP_K) for _ in range(2)]
+    model, x = nn.Cascade(nn.Experts(EXPERTS, HIDDEN, 8), steps).to(device), randn(TOKENS, HIDDEN, seed=13).to(device)
+    health, replay = RouterHealth(model), RouterReplay(model)
+    with replay.record():
+        expected, routes = model(x, return_route=True)
+    for name, route in zip(("routers.0", "routers.1"), routes, strict=True):
+        summary = health.summary()[name]
+        assert summary.load == pytest.approx((route.counts[0] * EXPERTS / (TOKENS * TOP_K)).tolist())
+        assert summary.max_logit == pytest.approx(route.logsumexp.abs().max().item())
+    with replay.play(weights="recorded"):
+        played, again = model(x, return_route=True)
+    assert_bitwise_equal(played, expected)
+    assert all(torch.equal(a.counts, b.counts) for a, b in zip(again, routes, strict=True))
+
+
+def test_a_copy_of_the_model_is_not_watched():
+    model, x = layers("cpu"), randn(TOKENS, HIDDEN, seed=14)
+    health = RouterHealth(model)
+    assert_bitwise_equal(copy.deepcopy(model)(x), model(x))
+    assert health.summary()["0"].tokens == TOKENS
+
+
+def test_sums_of_inference_mode_go_on_in_training():
+    model, x = layers("cpu"), randn(TOKENS, HIDDEN, seed=15)
+    health = RouterHealth(model)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert health.summary()["1"].tokens == 2 * TOKENS
 
 
 def test_nothing_waits_for_the_device():
@@ -277,6 +342,42 @@ def test_every_kind_of_router_is_watched_and_replayed(device):
     health = RouterHealth(cascade)
     cascade(x, token_ids=(torch.arange(TOKENS) % 9).to(device))
     assert {name: summary.tokens for name, summary in health.summary().items()} == {"routers.0": 40, "routers.1": 40}
+
+
+@pytest.mark.parametrize("weights", ["recomputed", "recorded"])
+def test_a_rollout_in_inference_mode_is_replayed_in_training(weights, device):
+    model, x = layers(device), randn(TOKENS, HIDDEN, seed=16).to(device)
+    replay = RouterReplay(model)
+    with torch.inference_mode(), replay.record():
+        expected = model(x)
+    with replay.play(weights=weights):
+        played = model(x)
+    played.sum().backward()
+    assert_bitwise_equal(played.detach(), expected)
+    assert model[0].experts.w_in.grad.any()
+
+
+def test_what_is_played_is_what_is_counted(device):
+    model, x = layers(device, jitter=0.5, correction_bias=True), randn(TOKENS, HIDDEN, seed=17).to(device)
+    health, balancing, replay = RouterHealth(model), nn.LossFreeBalancing(model), RouterReplay(model)
+    with replay.record():
+        model(x)
+    recorded, counts = health.summary()["0"].load, balancing.counts[0]
+    health.reset()
+    with replay.play():
+        model(x)
+    assert health.summary()["0"].load == recorded
+    assert torch.equal(balancing.counts[0], 2 * counts)
+
+
+def test_a_play_that_is_refused_leaves_no_hook(device):
+    noisy = nn.NoisyTopKRouter(HIDDEN, EXPERTS, TOP_K)
+    model = torch.nn.ModuleList([layers(device), nn.MoE(HIDDEN, 8, EXPERTS, TOP_K, router=noisy)])
+    refused = pytest.raises(TypeError, match=r"must be 'recorded' for 1.router, a NoisyTopKRouter")
+    with refused, RouterReplay(model).play():
+        pass
+    for layer in model[0]:
+        assert not layer.router._forward_hooks and "logits" not in vars(layer.router)
 
 
 def test_what_was_not_recorded_is_refused(device):

@@ -1,5 +1,6 @@
 """Losses, balancing and stability of routers; zero-computation experts and cascades, against loops in plain torch."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from accuracy import assert_close
 from cases import WIDEST
 from layers import ATOL, EXPERTS, HIDDEN, INNER, RTOL, TOP_K, assert_same_gradients, build, feed_forward, tokens
-from moe_ops import losses, nn
+from moe_ops import losses, nn, route
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
@@ -53,6 +54,19 @@ def test_entropies(device):
     even = torch.tensor([[0.25] * 4, [0.0] * 4])
     assert losses.global_entropy(even).item() == pytest.approx(-math.log(4))
     assert losses.local_entropy(torch.empty(0, 4)).item() == 0
+
+
+def test_entropies_of_probabilities_that_came_to_zero(device):
+    """float32 against float64, whose probabilities are none of them 0."""
+    spread = [[0.0, -200.0, 1.0], [2.0, -300.0, 0.5]]
+    grads = []
+    for dtype in (torch.float32, WIDEST):
+        logits = torch.tensor(spread, dtype=dtype, device=device, requires_grad=True)
+        result = route(logits, top_k=1, stats=True)
+        loss = losses.local_entropy(logits) - 3 * losses.global_entropy(result.mean_prob)
+        grads.append(torch.autograd.grad(loss, logits)[0].double())
+    assert grads[0].any()
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
 def in_ranks(rank, path, results):
@@ -118,6 +132,15 @@ def test_balancing_updates_once_per_optimizer_step(device):
     assert torch.equal(router.selection_bias, step) and not balancing.counts[0].any()
 
 
+def test_balancing_does_not_count_a_copy_of_the_model():
+    router = nn.Router(HIDDEN, EXPERTS, TOP_K, correction_bias=True)
+    balancing = nn.LossFreeBalancing(router)
+    copy.deepcopy(router)(tokens(10, dtype=torch.float32))
+    assert not balancing.counts[0].any()
+    router(tokens(10, dtype=torch.float32))
+    assert balancing.counts[0].sum() == 10 * TOP_K
+
+
 def test_balancing_needs_a_bias():
     with pytest.raises(ValueError, match=r"^LossFreeBalancing: model must have a Router built with correction_bias"):
         nn.LossFreeBalancing(nn.Router(HIDDEN, EXPERTS, TOP_K))
@@ -149,6 +172,21 @@ def test_zero_computation_experts_match_formulas(counts, device):
     y, expected = layer(x), torch.stack(rows)
     assert_close(y, expected, rtol=RTOL, atol=ATOL)
     assert_same_gradients(y, expected, [x, *layer.parameters()])
+
+
+def test_projections_and_zero_computation_experts_follow_the_tokens_dtype():
+    """float32 weights under bfloat16 tokens, and autocast: bfloat16 out, within its rounding of float32."""
+    more = nn.ZeroComputationExperts(HIDDEN, skip=1, constant=1)
+    layer = nn.MoE(HIDDEN, INNER, EXPERTS, TOP_K, latent=8, shared_inner=4, shared_gate=True, zero_computation=more)
+    x = tokens(20).bfloat16()
+    expected = layer(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = layer(x.float())
+    for y in (layer(x), under_autocast):
+        assert y.dtype == torch.bfloat16
+        assert (y - expected).abs().max() < 0.03 * expected.abs().max()
+    y.float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -201,6 +239,21 @@ def test_gradient_smoothing_is_the_corrected_average():
         again = nn.GradientSmoothing([parameter], decay=0.75)
         again.load_state_dict(smoothing.state_dict())
         assert torch.equal(again.averages[0], smoothing.averages[0]) and again.steps == [step]
+
+
+def test_capacity_follows_the_routers_top_k():
+    layer = nn.MoE(HIDDEN, INNER, EXPERTS, 1, capacity_factor=1.5)
+    for top_k in (1, 3, 2):
+        layer.router.set_top_k(top_k)
+        assert layer.capacity(11) == math.ceil(1.5 * 11 * top_k / EXPERTS)
+
+
+def test_top_k_stays_within_the_groups_that_are_kept():
+    router = nn.Router(HIDDEN, 8, 2, groups=(4, 2))
+    router.set_top_k(4)
+    with pytest.raises(ValueError, match=r"^route: groups .* top_k"):
+        router.set_top_k(5)
+    assert router.top_k == 4
 
 
 def test_warm_up_of_top_k_and_capacity():

@@ -1,6 +1,7 @@
 """replace: models that are no plug-in, before and after; and enable(router=True)."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -150,6 +151,15 @@ def test_routers(name, said):
     ours, gradients = logits_and_gradients(model, tokens)
     torch.testing.assert_close(ours, eager, rtol=0, atol=TOLERANCE)
     assert_same_gradients(tiny_model(name), tokens, gradients, eager_gradients, TOLERANCE)
+
+
+def test_a_model_with_replaced_routers_can_be_pickled():
+    model = tiny_model("mixtral")
+    assert enable(model, router=True).replaced
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+    routers = [module for module in again.modules() if hasattr(module, "_moe_ops_said")]
+    assert routers and all(router.forward.args == (router,) for router in routers)
 
 
 def test_routers_of_new_models():

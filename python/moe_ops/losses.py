@@ -132,8 +132,7 @@ def local_entropy(logits: Tensor, *, weight: float = 1.0) -> Tensor:
     checks.floats("local_entropy", "logits", logits, "[tokens, experts]", 2)
     weight = checks.number("local_entropy", "weight", weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    entropy = torch.special.entr(logits.softmax(1)).sum()
-    return weight * entropy / max(logits.shape[0], 1)
+    return weight * _entropy(logits.softmax(1)) / max(logits.shape[0], 1)
 
 
 def global_entropy(mean_prob: Tensor, *, weight: float = 1.0) -> Tensor:
@@ -154,7 +153,13 @@ def global_entropy(mean_prob: Tensor, *, weight: float = 1.0) -> Tensor:
     checks.floats("global_entropy", "mean_prob", mean_prob, "[segments, experts]", 2)
     weight = checks.number("global_entropy", "weight", weight)
     used = (mean_prob.sum(1) > 0).sum().clamp(min=1)
-    return -weight * torch.special.entr(mean_prob).sum() / used
+    return -weight * _entropy(mean_prob) / used
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """The sum of -p · log(p). Where p has come to 0 its slope is large, not infinite: softmax's is 0 there, and 0 · inf
+    would be NaN."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
 
 
 def _variation(values: Tensor) -> Tensor:

@@ -66,6 +66,14 @@ class MoEConfig:
             object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's dict stays the caller's
         for name in ("shared_inner", "moe_layers", "embedding", "backbone"):
             checks.integer(op, name, getattr(self, name), 0, 2**63 - 1)
+        module_checks.flags(op, shared_gate=self.shared_gate, tied=self.tied)
+        if self.latent is not None:
+            module_checks.sizes(op, latent=self.latent)
+        if self.capacity_factor is not None:
+            checks.number(op, "capacity_factor", self.capacity_factor, positive=True)
+        checks.option(op, "drop_policy", self.drop_policy, checks.DROP_POLICIES)
+        for name in ("name", "source", "unsaid"):
+            module_checks.instance(op, name, getattr(self, name), (str,), "a str")
 
     @classmethod
     def preset(cls, name: str) -> MoEConfig:

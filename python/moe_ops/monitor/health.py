@@ -27,7 +27,8 @@ class RouterHealth:
 
     Counts come from `moe_ops.route`'s statistics, in the pass over the logits that it makes anyway; sums stay on the
     device, and nothing waits for it before a figure is read. Routers of transformers' models are seen through the ids
-    that their experts are given: counted, but without logits. Evaluation counts too: `pause()` leaves it out.
+    that their experts are given: counted, but without logits. Evaluation counts too: `pause()` leaves it out. Under
+    activation checkpointing a router is called twice and counts twice, which changes no share.
 
     Args:
         model: watches all its routers by hooks until `detach()`; None: `update` is called by hand.
@@ -59,6 +60,7 @@ class RouterHealth:
         num_experts: int | None = None,
         *,
         capacity: int | None = None,
+        computing: int | None = None,
     ) -> None:
         """Adds what one router did to one batch.
 
@@ -67,19 +69,30 @@ class RouterHealth:
             route: what a router returns with stats=True, or the pair (weights, experts) [T, K], whose ids are counted.
             num_experts: needed where route is a pair.
             capacity: rows an expert takes; slots beyond it count as dropped.
+            computing: how many of the experts, from the first, have a capacity; None for all.
 
         Raises:
             TypeError, ValueError: num_experts is missing or wrong, or classes are kept and these tokens have none.
         """
         op = "RouterHealth.update"
         result = route if isinstance(route, (RouteResult, NoisyRouteResult)) else None
+        if result is None:
+            module_checks.pair(op, "route", route, "(weights, experts) or a RouteResult")
         experts = route[1]
+        checks.ids(op, "experts", experts, "[tokens, k]", 2)
         if result is not None:
             num_experts = result.counts.shape[1]
         checks.integer(op, "num_experts", num_experts, 1, checks.MAX_INT32)
         assert num_experts is not None
+        for size, value in (("capacity", capacity), ("computing", computing)):
+            if value is not None:
+                checks.integer(op, size, value, 0)
         num_classes = max(len(self.classes), 1)
-        with torch.no_grad():
+        if name in self.layers and self.layers[name].num_experts != num_experts:
+            had = self.layers[name].num_experts
+            raise ValueError(f"{op}: num_experts must be {had} as before for {name!r}, got {num_experts}")
+        # Sums made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             if result is None or self.classes:
                 counts = segment_counts(experts, num_experts, self._class_ids(experts), num_classes)
             else:
@@ -88,7 +101,8 @@ class RouterHealth:
             if layer is None:
                 layer = Layer(num_experts, num_classes, self.coactivation, counts.device)
                 self.layers[name] = layer
-            layer.add(experts, counts, None if result is None else result.logsumexp, capacity)
+            logsumexp = None if result is None else result.logsumexp
+            layer.add(experts, counts, logsumexp, capacity, num_experts if computing is None else computing)
 
     @contextmanager
     def token_classes(self, ids: Tensor) -> Iterator[None]:
@@ -102,6 +116,7 @@ class RouterHealth:
         """
         if not self.classes:
             raise ValueError("RouterHealth.token_classes: RouterHealth must be built with classes, got none")
+        module_checks.instance("RouterHealth.token_classes", "ids", ids, (Tensor,), "a Tensor")
         self._ids = ids.reshape(-1)
         try:
             yield
@@ -209,17 +224,18 @@ class RouterHealth:
             asked = [False]
 
             def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-                if self._paused:
+                if self._paused or module is not router:  # a copy of the model has copies of the hooks
                     return None
                 asked[0] = bool(kwargs.get("stats", False))
                 return args, {**kwargs, "stats": True}
 
             def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-                if self._paused:
+                if self._paused or module is not router:
                     return None
                 moe = layer_of.get(id(module))
                 capacity = moe.capacity(output.experts.shape[0]) if moe is not None else None
-                self.update(name, output, module.num_experts, capacity=capacity)
+                computing = moe.experts.num_experts if moe is not None else None
+                self.update(name, output, capacity=capacity, computing=computing)
                 return None if asked[0] else (output.weights, output.experts)
 
             self._hooks.append(router.register_forward_pre_hook(before, with_kwargs=True))
@@ -227,7 +243,7 @@ class RouterHealth:
 
         def overhear(name: str, experts: torch.nn.Module) -> None:
             def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-                if not self._paused:
+                if not self._paused and module is experts:
                     ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
                     self.update(name, (ids, ids), module.num_experts)  # type: ignore[arg-type]
 

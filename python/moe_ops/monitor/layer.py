@@ -48,14 +48,16 @@ class Layer:
         self.step_counts = zeros(num_experts)
         self.history: list[Tensor] = []
 
-    def add(self, experts: Tensor, counts: Tensor, logsumexp: Tensor | None, capacity: int | None) -> None:
-        """counts: [classes, E] of experts [T, K]."""
+    def add(
+        self, experts: Tensor, counts: Tensor, logsumexp: Tensor | None, capacity: int | None, computing: int
+    ) -> None:
+        """counts: [classes, E] of experts [T, K]; capacity is that of the first `computing` experts."""
         self.tokens += experts.shape[0]
         self.by_class += counts
         of_batch = counts.sum(0)
         self.step_counts += of_batch
         if capacity is not None:  # whichever slots go, an expert keeps this many of them
-            self.dropped += (of_batch - capacity).clamp(min=0).sum()
+            self.dropped += (of_batch[:computing] - capacity).clamp(min=0).sum()
         if logsumexp is not None and logsumexp.numel():
             self.has_logits = True
             values = logsumexp.double()

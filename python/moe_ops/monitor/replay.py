@@ -55,7 +55,9 @@ class RouterReplay:
 
         def keep(name: str) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                self.routing[name].append((output[0].detach(), output[1].detach()))
+                with torch.inference_mode(False):  # tensors of a rollout in inference mode could not be trained on
+                    weights, experts = (t.detach().clone() if t.is_inference() else t.detach() for t in output[:2])
+                self.routing[name].append((weights, experts))
 
             return hook
 
@@ -80,8 +82,10 @@ class RouterReplay:
             ValueError: a call has another number of tokens than was recorded.
         """
         recorded = bool(checks.option("RouterReplay.play", "weights", weights, WEIGHTS))
-        players = [Player(name, router, self.routing.get(name, []), recorded) for name, router in self._routers.items()]
+        players: list[Player] = []
         try:
+            for name, router in self._routers.items():
+                players.append(Player(name, router, self.routing.get(name, []), recorded))
             yield self
             for player in players:
                 player.check_end()
@@ -108,7 +112,8 @@ class Player:
                 return self.logits
 
             router.logits = logits
-        self.hook = router.register_forward_hook(self.replace, with_kwargs=True)
+        # Before the hooks of RouterHealth and LossFreeBalancing, which count what is used.
+        self.hook = router.register_forward_hook(self.replace, prepend=True, with_kwargs=True)
 
     def replace(self, router: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if self.played == len(self.calls):

@@ -69,7 +69,7 @@ class LossFreeBalancing:
     def _counter(self, place: int) -> Any:
         @torch.no_grad()
         def count(router: Router, _: Any, result: Any) -> None:
-            if router.training:
+            if router.training and router is self.routers[place]:  # a copy of the model has a copy of the hook
                 counts = ops.plan(result[1], router.num_experts).counts
                 self.counts[place] = self.counts[place].to(counts.device) + counts
 

@@ -99,20 +99,20 @@ class MoE(torch.nn.Module):
     @capacity_factor.setter
     def capacity_factor(self, factor: float | None) -> None:
         # The factor as it was written, in integers: 1.1 · 50 is 55 rows, and a symbolic number of tokens stays one.
-        self.capacity_ratio: tuple[int, int] | None = None
+        self._capacity_ratio: tuple[int, int] | None = None
         if factor is not None:
             checks.number("MoE", "capacity_factor", factor, positive=True)
             if not self.router.token_choice:
                 raise ValueError(f"MoE: capacity_factor must be None where experts choose, got {factor}")
-            share = Fraction(self.router.top_k, self.router.num_experts)
-            self.capacity_ratio = (Fraction(str(factor)) * share).as_integer_ratio()
+            self._capacity_ratio = Fraction(str(factor)).as_integer_ratio()
         self._capacity_factor = factor
 
     def capacity(self, tokens: int) -> int | None:
         """Rows an expert takes from a batch of this many tokens; None where there is no limit."""
-        if self.capacity_ratio is None:
+        if self._capacity_ratio is None:
             return None
-        rows, per_tokens = self.capacity_ratio
+        rows, per_tokens = self._capacity_ratio
+        rows, per_tokens = rows * self.router.top_k, per_tokens * self.router.num_experts
         return (tokens * rows + per_tokens - 1) // per_tokens
 
     @overload
@@ -168,14 +168,14 @@ class MoE(torch.nn.Module):
             weights, experts = route.weights, route.experts
         else:
             weights, experts = self.router(tokens, token_ids=token_ids)
-        inputs = tokens if self.latent_in is None else self.latent_in(tokens)
+        inputs = tokens if self.latent_in is None else _linear(self.latent_in, tokens)
         capacity, plan = self.capacity(tokens.shape[0]), self.router.plan(experts)
         # plan (but for a router's own), permute, grouped_gemm, grouped_gemm and combine, in one.
         y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy, plan=plan)
         if self.latent_out is not None:
-            y = self.latent_out(y)
+            y = _linear(self.latent_out, y)
         if self.zero_computation is not None:  # their ids are out of range, and so dropped, for self.experts
-            y = y + self.zero_computation(tokens, weights, experts, self.experts.num_experts)
+            y = y + self.zero_computation(tokens, weights, experts, self.experts.num_experts).to(y.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens, *self._shared_route(tokens))
         y = y.reshape(x.shape)
@@ -193,7 +193,17 @@ class MoE(torch.nn.Module):
         experts = torch.zeros(tokens.shape[0], 1, dtype=torch.int32, device=tokens.device)
         if self.shared_gate is None:
             return torch.ones_like(experts, dtype=torch.float32), experts
-        return torch.sigmoid(self.shared_gate(tokens)), experts
+        return torch.sigmoid(_linear(self.shared_gate, tokens)), experts
+
+
+def _linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """layer(x); float32 weights under bfloat16 or float16 tokens are rounded, as those of the experts are."""
+    weight: Any = layer.weight
+    mixed = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if mixed and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)):
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
+    y: Tensor = layer(x)
+    return y
 
 
 def _more_experts(zero_computation: Any, hidden: int) -> int:

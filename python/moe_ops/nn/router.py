@@ -82,6 +82,11 @@ class Router(LinearRouter):
         if self.selection_bias is not None:
             self.selection_bias.zero_()
 
+    def set_top_k(self, top_k: int) -> None:
+        """Another top_k from now on; with groups, no more than those that are kept hold."""
+        ops.route(torch.empty(0, self.num_experts, device="cpu"), top_k, **self.options)
+        self.top_k = top_k
+
     def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         options = {**self.options, "selection_bias": self.selection_bias, "expert_scale": self.expert_scale}
         return ops.route(self.logits(x), self.top_k, **options, **statistics)

@@ -165,8 +165,6 @@ class WarmUp:
         if self.top_k is not None:
             first, last = self.top_k
             self.layer.router.set_top_k(round(first + (last - first) * done))
-        factor = self.layer.capacity_factor
         if self.capacity_factor is not None:
             start, end = self.capacity_factor
-            factor = end if done == 1.0 else start + (end - start) * done
-        self.layer.capacity_factor = factor  # the rows per expert follow top_k as well
+            self.layer.capacity_factor = end if done == 1.0 else start + (end - start) * done

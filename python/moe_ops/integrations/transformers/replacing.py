@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +63,7 @@ def replace(model: torch.nn.Module) -> Report:
                 report.left[name] = reason
             elif kind in FORWARDS:
                 forward, what = FORWARDS[kind]
-                module.forward = types.MethodType(forward, module)
+                module.forward = functools.partial(forward, module)  # a bound method would not unpickle
                 module._moe_ops_replaced = True
                 report.replaced[name] = what
             else:

@@ -8,9 +8,9 @@ none of them gives, that draws noise in training, or that takes or returns somet
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
-import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def replace_routers(model: Any, report: Report) -> None:
             report.left[name or type(router).__name__] = said
             continue
         router._moe_ops_said, router._moe_ops_forward = said, router.forward
-        router.forward = types.MethodType(_forward, router)
+        router.forward = functools.partial(_forward, router)  # a bound method would not unpickle
         options = ", ".join(f"{key}={value!r}" for key, value in said.options)
         bias = "" if said.bias is None else f", selection_bias={said.bias}"
         report.replaced[name or type(router).__name__] = f"route(top_k={said.top_k}, {options}{bias})"
