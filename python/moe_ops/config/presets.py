@@ -193,6 +193,7 @@ for name, num_experts, dense in (("scout", 16, 0), ("maverick", 128, 24)):
 model(
     "phi-3.5-moe", hidden=4096, inner=6400, num_experts=16, top_k=2,
     router_kind="sparse_mixer", router={"threshold": 0.01}, vocab=32064, blocks=32,
+    unsaid="phi-3.5-moe multiplies what the experts see by noise in training (input_jitter_noise=0.01)",
     attention=32 * gqa(4096, 32, 8, 128, qkv_bias=True, out_bias=True),
     norms=2 * (2 * 32 + 1) * 4096, extra=32064,  # LayerNorms with biases; a bias on the output projection
     source="Abdin et al. 2024 (arXiv:2404.14219), section 5; config.json of microsoft/Phi-3.5-MoE-instruct",
