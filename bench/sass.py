@@ -74,7 +74,8 @@ def find_cuobjdump(named: str | None = None) -> str:
                 return str(tool)
     tool_path = shutil.which(named or "cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
     if tool_path is None:
-        raise SystemExit("no cuobjdump was found: CUDA's own, or `pip install nvidia-cuda-cuobjdump`, or --cuobjdump")
+        packages = "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        raise SystemExit(f"no cuobjdump was found: CUDA's own, or `pip install {packages}`, or --cuobjdump")
     return tool_path
 
 
