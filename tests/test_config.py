@@ -285,6 +285,10 @@ def test_mistakes_are_named():
     ):
         with pytest.raises((TypeError, ValueError), match=f"^MoEConfig: {text}"):
             MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, **wrong)
+    for options in ({"router": {"gruops": (2, 1)}}, {"router": {"top_k": 3}}, {"experts": {"activatoin": "silu"}}):
+        (kind, (wrong, *_)) = next(iter(options.items()))
+        with pytest.raises(TypeError, match=rf"^MoEConfig: {kind} must have options among .*, got '{wrong}'"):
+            MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, **options)
     with pytest.raises(TypeError, match=r"changes must be among hidden, inner, .*, got 'width'"):
         MoEConfig.preset("olmoe").replace(width=3)
     with pytest.raises(TypeError, match=r"MoEConfig.preset: name must be a str, got int"):
@@ -322,3 +326,5 @@ def test_phi_is_built_with_sparse_mixer():
     config = transformers.AutoConfig.for_model("phimoe", router_jitter_noise=0.25, input_jitter_noise=0.5)
     read = MoEConfig.from_hf(config, count=False)
     assert read.router == {"threshold": 0.25} and "input_jitter_noise=0.5" in read.unsaid
+    mixtral = transformers.AutoConfig.for_model("mixtral", router_jitter_noise=0.5)
+    assert MoEConfig.from_hf(mixtral, count=False).unsaid.startswith("mixtral multiplies what the experts see")

@@ -28,6 +28,16 @@ BAD = {
         ValueError,
         "NoisyTopKRouter: x must be of shape [..., 6], got [3, 7]",
     ),
+    "HashRouter logits": (
+        lambda: nn.HashRouter(H, E, K, vocabulary=9).logits(zeros(T, H)),
+        ValueError,
+        "HashRouter: score must be one that scores tokens to have logits, got 'uniform'",
+    ),
+    "truncated_normal_ scalar": (
+        lambda: nn.init.truncated_normal_(torch.zeros(())),
+        ValueError,
+        "truncated_normal_: weight must be [..., fan_in] with fan_in of 1 or more, got shape []",
+    ),
     "ExpertChoiceRouter hidden": (
         lambda: nn.ExpertChoiceRouter(0, E, K),
         ValueError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,6 +12,14 @@ import torch
 from moe_ops import checks, module_checks, nn
 from moe_ops.config.describe import Description, describe
 
+SIZES = {
+    "hidden",
+    "inner",
+    "num_experts",
+    "top_k",
+    "device",
+    "dtype",
+}  # said by the config and by build
 ROUTERS = {"top_k": nn.Router, "sparse_mixer": nn.SparseMixerRouter}
 
 
@@ -64,6 +73,10 @@ class MoEConfig:
         for name in ("router", "experts"):
             module_checks.instance(op, name, getattr(self, name), (Mapping,), "a mapping of options")
             object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's dict stays the caller's
+        for name, kind in (("router", ROUTERS[self.router_kind]), ("experts", nn.Experts)):
+            known = inspect.signature(kind).parameters.keys() - SIZES
+            if unknown := sorted(getattr(self, name).keys() - known):
+                raise TypeError(f"{op}: {name} must have options among {', '.join(sorted(known))}, got {unknown[0]!r}")
         for name in ("shared_inner", "moe_layers", "embedding", "backbone"):
             checks.integer(op, name, getattr(self, name), 0, 2**63 - 1)
         module_checks.flags(op, shared_gate=self.shared_gate, tied=self.tied)

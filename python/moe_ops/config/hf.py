@@ -128,10 +128,19 @@ def jamba(config: Any) -> dict[str, Any]:
     return plain(config, num_experts=config.num_experts, moe_layers=sparse)
 
 
+def noise_on_experts(config: Any, name: str) -> str:
+    """What is to be said of a config whose noise is on the experts' input, not the router's alone."""
+    value = getattr(config, name)
+    return f"{config.model_type} multiplies what the experts see by noise in training ({name}={value})" if value else ""
+
+
+def mixtral(config: Any) -> dict[str, Any]:
+    unsaid = noise_on_experts(config, "router_jitter_noise")
+    return plain(config, router={"renormalize": True}, unsaid=unsaid)
+
+
 def phimoe(config: Any) -> dict[str, Any]:
-    noise, unsaid = config.input_jitter_noise, ""
-    if noise > 0:
-        unsaid = f"phimoe multiplies what the experts see by noise in training (input_jitter_noise={noise})"
+    unsaid = noise_on_experts(config, "input_jitter_noise")
     # What the family calls the router's noise is SparseMixer's threshold.
     router = {"threshold": config.router_jitter_noise}
     return plain(config, router_kind="sparse_mixer", router=router, unsaid=unsaid)
@@ -157,7 +166,7 @@ READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "granitemoe": lambda config: plain(config, router={"score": "softmax_selected"}),
     "jamba": jamba,
     "llama4_text": llama4,
-    "mixtral": lambda config: plain(config, router={"renormalize": True}),
+    "mixtral": mixtral,
     "olmoe": lambda config: plain(config, router={"renormalize": bool(config.norm_topk_prob)}),
     "phimoe": phimoe,
     "qwen2_moe": qwen,

@@ -45,6 +45,8 @@ class RouterHealth:
     ) -> None:
         module_checks.instance("RouterHealth", "model", model, (torch.nn.Module, type(None)), "a Module or None")
         checks.flag("RouterHealth", "coactivation", coactivation)
+        if isinstance(classes, str):
+            raise TypeError(f"RouterHealth: classes must be a sequence of names, got the str {classes!r}")
         self.classes, self.coactivation = tuple(classes), coactivation
         self.layers: dict[str, Layer] = {}
         self._ids: Tensor | None = None
@@ -203,7 +205,8 @@ class RouterHealth:
 
     def _layer(self, op: str, name: str) -> Layer:
         if name not in self.layers:
-            raise ValueError(f"RouterHealth.{op}: name must be one of {', '.join(self.layers)}, got {name!r}")
+            known = ", ".join(self.layers) or "the layers seen, of which there is none yet"
+            raise ValueError(f"RouterHealth.{op}: name must be one of {known}, got {name!r}")
         return self.layers[name]
 
     def _class_ids(self, experts: Tensor) -> Tensor | None:

@@ -66,6 +66,12 @@ class HashRouter(LinearRouter):
         draw = torch.rand(self.table.shape[0], self.num_experts, device=self.table.device)
         self.table.copy_(draw.topk(self.top_k, dim=1).indices)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """As in LinearRouter; with score "uniform" there are none, and this is a ValueError."""
+        if self.score == "uniform":
+            raise ValueError("HashRouter: score must be one that scores tokens to have logits, got 'uniform'")
+        return super().logits(x)
+
     def set_top_k(self, top_k: int) -> None:
         """Refused: top_k is the table's."""
         raise ValueError(f"{type(self).__name__}: top_k must stay {self.top_k}, got {top_k}")

@@ -24,6 +24,8 @@ def truncated_normal_(weight: Tensor, *, scale: float = 0.1) -> Tensor:
     """
     op = "truncated_normal_"
     module_checks.instance(op, "weight", weight, (Tensor,), "a Tensor of shape [..., fan_in]")
+    if weight.dim() == 0 or weight.shape[-1] == 0:
+        raise ValueError(f"{op}: weight must be [..., fan_in] with fan_in of 1 or more, got shape {list(weight.shape)}")
     deviation = (checks.number(op, "scale", scale, positive=True) / weight.shape[-1]) ** 0.5
     return torch.nn.init.trunc_normal_(weight, 0.0, deviation, -2 * deviation, 2 * deviation)
 
