@@ -15,6 +15,10 @@ from moe_ops import reference
 FACTOR = 2.0
 # In float64 oracle and eager are one run, so its own roundings are allowed for, as so many units in the last place.
 FLOAT64_ULPS = 64
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "largest": lambda error: error.abs().max(),
+    "rms": lambda error: error.square().mean().sqrt(),
+}
 
 Call = Callable[..., Tensor | tuple[Tensor, ...] | dict[str, Tensor]]
 
@@ -28,7 +32,9 @@ def place(tensor: Tensor, device: torch.device) -> Tensor:
     return flat.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def assert_as_accurate(ours: Tensor, eager: Tensor, oracle: Tensor, what: str = "result") -> None:
+def assert_as_accurate(
+    ours: Tensor, eager: Tensor, oracle: Tensor, what: str = "result", norms: tuple[str, ...] = tuple(NORMS)
+) -> None:
     """Fails where ours breaks the law, and where it differs in shape, dtype, or in which elements are not finite."""
     ours, eager, oracle = ours.detach().cpu(), eager.detach().cpu(), oracle.detach().cpu()
     assert ours.shape == oracle.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
@@ -46,7 +52,8 @@ def assert_as_accurate(ours: Tensor, eager: Tensor, oracle: Tensor, what: str = 
         return
     info = torch.finfo(ours.dtype)
     rounding = info.eps / 2 * (FLOAT64_ULPS if ours.dtype == torch.float64 else 1)
-    for name, norm in (("largest", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
+    for name in norms:
+        norm = NORMS[name]
         error, theirs = norm(our_error).item(), norm(eager_error).item()
         allowed = FACTOR * theirs + rounding * norm(expected).item() + info.smallest_normal * info.eps
         worst = int(our_error.abs().nan_to_num(torch.inf).argmax())

@@ -1,39 +1,13 @@
 """Tiny models of transformers' MoE families, with random weights, and what they compute: logits and all gradients."""
 
-import importlib
-import re
-from pathlib import Path
+import copy
+import inspect
 from types import SimpleNamespace
 
 import torch
 
-# What the families call their sizes; a config takes those that it has.
-TINY = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "expert_ffn_hidden_size": 24,
-    "ffn_hidden_size": 24,
-    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8, "moe_num_shared_experts": 1,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 2, "topk_group": 1,
-    "first_k_dense_replace": 0, "num_dense_layers": 0, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "norm_topk_prob": True, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16, "o_groups": 2, "o_lora_rank": 8,
-    "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_conv": 4,
-    "mamba_dt_rank": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "sliding_window": 16, "tie_word_embeddings": False, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-# Two layers with attention in one of them, and experts in both.
-OPTIONS = {
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
-    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
-    "beam": {"mlp_layer_types": ["sparse", "sparse"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-}
+from accuracy import assert_as_accurate
+from transformers_families import CLASSES, TINY, module_of, tiny_config
 
 
 class Permissive(SimpleNamespace):
@@ -48,33 +22,28 @@ class Permissive(SimpleNamespace):
     _experts_implementation = "eager"
 
 
-def experts_classes():
-    """(family, name) of every experts class that is a plug-in, from the sources: importing them takes a minute."""
-    import transformers
-
-    found = []
-    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        for match in re.finditer(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), re.M):
-            found.append((path.parent.name, match[1]))
-    return found
-
-
-def module_of(family):
-    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-
-
-def tiny_model(name, **options):
-    """AutoModelForCausalLM of a small config, in float32, every parameter drawn."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind = type(AutoConfig.for_model(name))
-    known = kind().to_dict().keys() | kind.attribute_map.keys()
-    sizes = {key: value for key, value in TINY.items() if key in known}
-    if "kv_lora_rank" in sizes:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+def tiny_model(family, dtype=torch.float32):
+    """The model of a small config, every parameter drawn, on transformers' eager experts. In bfloat16 as from_pretrained
+    makes it: what the model keeps in float32 stays there."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**(sizes | OPTIONS.get(name, {}) | options))).eval()
+    model = getattr(module_of(family), CLASSES[family])._from_config(tiny_config(family), dtype=dtype).eval()
+    if any(hasattr(module, "_is_expert_parallel") for module in model.modules()):
+        model.set_experts_implementation("eager")
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.dtype == torch.bfloat16 and any(part in name for part in kept):
+            value.data = value.data.float()
     return draw(model)
+
+
+def exact(model):
+    """A copy in float64, or in float32 where the model's own code does not run in float64."""
+    try:
+        wide = copy.deepcopy(model).double()
+        logits_of(wide, ids(1, 3))
+    except RuntimeError:
+        wide = copy.deepcopy(model).float()
+    return wide
 
 
 def draw(model):
@@ -91,34 +60,110 @@ def draw(model):
     return model
 
 
-def ids(rows=2, length=17):
-    return torch.randint(3, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(2))
+def ids(rows=2, length=17, seed=2):
+    return torch.randint(3, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model, tokens):
+    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    torch.manual_seed(0)  # a diffusion model draws what it starts from
+    return model(input_ids=tokens, use_cache=False, **decoder).logits
 
 
 def logits_and_gradients(model, tokens):
     """Logits, and the gradient of every parameter that has one, by name, for a fixed outgoing gradient."""
     model.zero_grad(set_to_none=True)
-    logits = model(tokens, use_cache=False).logits
+    logits = logits_of(model, tokens)
     gradient = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
     logits.backward(gradient.to(logits.dtype) / logits.shape[1])
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(model, tokens, ours, eager, tolerance):
-    """Those of every parameter, up to `tolerance` of its largest value. Where a model is so ill-conditioned that
-    float32 itself does not hold that (Gemma 4's norms), ours may be twice as far from float64 as eager is.
+def greedy_text(model, tokens):
+    """The ids that the model generates, or None where it generates no text."""
+    if not model.can_generate():
+        return None
+    torch.manual_seed(0)
+    text = model.generate(tokens, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    return getattr(text, "sequences", text)
 
-    model: as transformers made it, for float64.
-    """
+
+def choices(model, tokens):
+    """Which experts the tokens choose, call by call: what experts are told or, where none are, what routers return."""
+    found, hooks = [], []
+
+    def keep(tensors):
+        for value in tensors:
+            if isinstance(value, torch.Tensor):
+                found.append(value.clone() if value.dtype == torch.int64 else value != 0)
+
+    told = [m for m in model.modules() if "top_k_index" in inspect.signature(type(m).forward).parameters]
+    for module in told:
+        hooks.append(module.register_forward_pre_hook(lambda _, args: keep(args[1:2])))
+    for module in model.modules():
+        if not told and type(module).__name__.endswith(("Router", "TopKGating")):
+            hooks.append(module.register_forward_hook(lambda _, args, output: keep(output)))
+    with torch.no_grad():
+        logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def same_choices(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def assert_same(family, tokens, ours, eager, tolerance):
+    """Two results of logits_and_gradients: each tensor up to `tolerance` of its largest value. Where a model is so
+    ill-conditioned that float32 itself does not hold that (Gemma 4's norms), ours is held to the accuracy law."""
+    ours, eager = ({"logits": logits, **gradients} for logits, gradients in (ours, eager))
     assert ours.keys() == eager.keys()
-    largest = max(value.abs().max().item() for value in eager.values())
-    exact = None
+    largest = max(value.abs().max().item() for key, value in eager.items() if key != "logits")
+    wide = None
     for key, value in eager.items():
-        allowed = tolerance * max(value.abs().max().item(), 1e-2 * largest)  # a router's may cancel to noise
+        floor = 0.0 if key == "logits" else 1e-2 * largest  # a router's gradient may cancel to noise
+        allowed = tolerance * max(min(value.abs().max().item(), 1.0 if key == "logits" else torch.inf), floor)
         if (ours[key] - value).abs().max() <= allowed:
             continue
-        if exact is None:
-            model.double().set_experts_implementation("eager")
-            exact = logits_and_gradients(model, tokens)[1]
-        off, eager_off = ((gradient - exact[key]).abs().max().item() for gradient in (ours[key], value))
-        assert off <= 2 * eager_off + allowed / 2, f"{key}: {off} from float64, eager {eager_off}, allowed {allowed}"
+        if wide is None:
+            logits, gradients = logits_and_gradients(tiny_model(family).double(), tokens)
+            wide = {"logits": logits, **gradients}
+        assert_as_accurate(ours[key], value, wide[key], key, norms=("rms",))
+
+
+def assert_bfloat16(family, serve, draws=8):
+    """Logits and all gradients of the model in bfloat16, and of what `serve` makes of it, by the accuracy law.
+
+    The law is that of continuous functions: token ids are drawn until a few draws are found on which all three runs
+    choose the same experts. Few tokens, so that no indexer of sparse attention has anything to choose either.
+    """
+    eager = tiny_model(family, torch.bfloat16)
+    oracle = exact(eager)
+    ours = copy.deepcopy(eager)
+    serve(ours)
+    results = []
+    for seed in range(100, 200):
+        tokens = ids(1, 5, seed)
+        eager_choices = choices(eager, tokens)
+        if all(same_choices(eager_choices, choices(model, tokens)) for model in (oracle, ours)):
+            results.append([logits_and_gradients(model, tokens) for model in (ours, eager, oracle)])
+        if len(results) == draws:
+            break
+    assert len(results) == draws and eager_choices
+
+    def stacked(pick):
+        return [torch.stack([pick(result[which]) for result in results]) for which in range(3)]
+
+    assert_as_accurate(*stacked(lambda result: result[0]), "logits")
+    names = [name for name in results[0][1][1] if all(name in result[0][1] for result in results)]
+    gradients = {name: stacked(lambda result, name=name: result[1][name]) for name in names}
+    # Over so few values the largest error is chance: of each gradient the mean one is held to the law, and of all of
+    # them together, each in units of its own, the largest too.
+    largest = max(values[2].abs().max() for values in gradients.values())
+    for name, values in gradients.items():
+        assert_as_accurate(*values, name, norms=("rms",))
+    units = {name: max(values[2].abs().max(), 1e-2 * largest) for name, values in gradients.items()}
+    together = [torch.cat([(gradients[n][i] / units[n]).flatten() for n in names]) for i in range(3)]
+    assert_as_accurate(together[0], together[1], together[2], "all gradients")
+    return results

@@ -1,0 +1,64 @@
+"""Tiny models of every family of transformers whose experts are a plug-in, as a whole, on moe_ops and on eager."""
+
+import pytest
+import torch
+
+from transformers_families import CLASSES, experts_classes
+from transformers_models import (
+    assert_bfloat16,
+    assert_same,
+    greedy_text,
+    ids,
+    logits_and_gradients,
+    logits_of,
+    tiny_model,
+)
+
+pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
+
+from moe_ops.integrations.transformers import enable
+
+TOLERANCE = 5e-6  # of the largest absolute value, in float32
+FAMILIES = sorted({family for family, _ in experts_classes()} & CLASSES.keys())
+# Routers that route cannot compute, and the report's reason.
+LEFT_ALONE = {}
+
+
+@pytest.fixture(autouse=True)
+def enabled():
+    enable()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model(family, record_property):
+    """Logits, all gradients and greedy generation, in float32 against eager; one wrong weight must be seen."""
+    model, tokens = tiny_model(family), ids()
+    eager = logits_and_gradients(model, tokens)
+    text = greedy_text(model, tokens)
+    model.set_experts_implementation("moe_ops")
+    assert_same(family, tokens, logits_and_gradients(model, tokens), eager, TOLERANCE)
+    assert text is None or torch.equal(greedy_text(model, tokens), text)
+    record_property("class", type(model).__name__)
+    record_property("text", "no head for text" if text is None else "yes")
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "_is_expert_parallel"):
+                module.down_proj.neg_()
+        assert (logits_of(model, tokens) - eager[0]).abs().max() > 10 * TOLERANCE * min(1, eager[0].abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16(family):
+    assert_bfloat16(family, lambda model: model.set_experts_implementation("moe_ops"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers(family, record_property):
+    """enable(model, router=True): the same logits and gradients; routers that route cannot say are left alone."""
+    model, tokens = tiny_model(family), ids()
+    eager = logits_and_gradients(model, tokens)
+    report = enable(model, router=True)
+    assert set(report.left.values()) == LEFT_ALONE.get(family, set()), report
+    assert report.replaced or report.left
+    record_property("router", "; ".join(["route"] * bool(report.replaced) + sorted(set(report.left.values()))))
+    assert_same(family, tokens, logits_and_gradients(model, tokens), eager, TOLERANCE)
