@@ -21,7 +21,16 @@ from moe_ops.integrations.transformers import enable
 TOLERANCE = 5e-6  # of the largest absolute value, in float32
 FAMILIES = sorted({family for family, _ in experts_classes()} & CLASSES.keys())
 # Routers that route cannot compute, and the report's reason.
-LEFT_ALONE = {}
+LEFT_ALONE = {
+    "deepseek_v4": "takes more than the tokens",  # those of its first layers: a hash of the token's id
+    "diffusion_gemma": "its logits are more than a linear layer",
+    "gemma4": "its logits are more than a linear layer",
+    "inkling": "does not return logits, weights and ids",  # but the shared experts' weights as well
+    "kolibri1": "no option of route gives its weights",
+    "muse_spark": "its logits are more than a linear layer",
+    "phimoe": "computes otherwise in training",
+    "zaya": "has more than one linear layer",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +67,7 @@ def test_routers(family, record_property):
     model, tokens = tiny_model(family), ids()
     eager = logits_and_gradients(model, tokens)
     report = enable(model, router=True)
-    assert set(report.left.values()) == LEFT_ALONE.get(family, set()), report
-    assert report.replaced or report.left
+    assert set(report.left.values()) == {LEFT_ALONE[family]} if family in LEFT_ALONE else not report.left, report
+    assert bool(report.replaced) == (family not in LEFT_ALONE or family == "deepseek_v4")
     record_property("router", "; ".join(["route"] * bool(report.replaced) + sorted(set(report.left.values()))))
     assert_same(family, tokens, logits_and_gradients(model, tokens), eager, TOLERANCE)

@@ -62,7 +62,7 @@ TINY = {
     "d_model": 32, "d_ff": 24, "d_kv": 8, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
     "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
-    "encoder_sparse_step": 1, "decoder_sparse_step": 1, "expert_capacity": 5, "decoder_start_token_id": 0,
+    "encoder_sparse_step": 1, "expert_capacity": 5, "decoder_start_token_id": 0,
     "moe_token_dropout": 0.2,
 }  # fmt: skip
 

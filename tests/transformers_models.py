@@ -23,8 +23,10 @@ class Permissive(SimpleNamespace):
 
 
 def tiny_model(family, dtype=torch.float32):
-    """The model of a small config, every parameter drawn, on transformers' eager experts. In bfloat16 as from_pretrained
-    makes it: what the model keeps in float32 stays there."""
+    """The model of a small config, every parameter drawn, on transformers' eager experts.
+
+    In bfloat16 it is as from_pretrained makes it: what the model keeps in float32 stays there.
+    """
     torch.manual_seed(0)
     model = getattr(module_of(family), CLASSES[family])._from_config(tiny_config(family), dtype=dtype).eval()
     if any(hasattr(module, "_is_expert_parallel") for module in model.modules()):

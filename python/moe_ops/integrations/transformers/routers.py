@@ -2,7 +2,8 @@
 
 A router has no plug-in point, and there are dozens of classes of it. What one computes is found on a copy of it with
 random numbers: the logits and the weights it returns are compared with those of every option of route. A router that
-none of them gives, that draws noise in training, or that takes or returns something else, is left alone.
+none of them gives, that draws noise in training, or that takes more than tokens and a bias for the choice, or returns
+something else, is left alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from moe_ops import ops
 from moe_ops.integrations.transformers.report import Report
 
 TOKENS = 64
-NAMES = ("Router", "Gate", "Gating")
+NAMES = ("Gate", "Gating")  # are routers where they stand beside experts; what says Router in its name always is
 GROUPS, TOP_GROUPS = ("n_group", "num_group", "num_groups"), ("topk_group", "top_groups")
 LEAST = ("norm_min", "moe_norm_min")
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
@@ -33,20 +34,17 @@ class Said(NamedTuple):
 
     top_k: int
     linear: str  # the submodule with weight [E, H]; "" for the router itself
-    bias: str | None  # the buffer or parameter [E] that is added for the choice
+    bias: str | None  # the buffer or parameter [E] that is added for the choice, or the argument it comes by
+    argument: bool  # whether it comes by an argument
     options: tuple[tuple[str, Any], ...]
     dtypes: tuple[tuple[Any, ...], ...]  # of tokens, of weight -> of logits, of weights
 
 
 def replace_routers(model: Any, report: Report) -> None:
     """Lets route compute in the place of every router of the model that it can say."""
-    for name, router in model.named_modules():
-        if not any(part in type(router).__name__ for part in NAMES) or hasattr(router, "_moe_ops_said"):
-            continue
+    for name, router in _routers(model):
         linear = _linear(router)
-        if linear is None:
-            continue
-        said = measure(router, linear)
+        said = "has more than one linear layer" if linear is None else measure(router, linear)
         if isinstance(said, str):
             report.left[name or type(router).__name__] = said
             continue
@@ -57,16 +55,33 @@ def replace_routers(model: Any, report: Report) -> None:
         report.replaced[name or type(router).__name__] = f"route(top_k={said.top_k}, {options}{bias})"
 
 
+def _routers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Those that are not replaced yet, without what routers are made of."""
+    within: list[str] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if any(name.startswith(f"{outer}.") for outer in within) or hasattr(module, "_moe_ops_said"):
+            continue
+        around = model.get_submodule(name.rpartition(".")[0])
+        beside = any("Expert" in type(other).__name__ for other in around.children() if other is not module)
+        if "Router" in kind or (kind.endswith(NAMES) and beside):
+            within.append(name)
+            yield name, module
+
+
 def measure(router: torch.nn.Module, linear: str) -> Said | str:
     """The router in options of route, or why there are none."""
-    needed = [p for p in inspect.signature(router.forward).parameters.values() if p.default is p.empty]
-    if len([p for p in needed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]) > 1:
+    taken = [p for p in inspect.signature(router.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    biases = [p.name for p in taken[1:2] if "bias" in p.name]
+    if sum(p.default is p.empty for p in taken) > 1 + len(biases):
         return "takes more than the tokens"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         router, tokens = _with_numbers(router, linear)
+        experts = _experts(router, linear)
+        given = {name: 0.05 * torch.randn(experts) for name in biases}
         try:
-            found = [mode(tokens) for mode in (router.eval(), router.train(), router.train())]
+            found = [mode(_shaped(router, tokens, given), **given) for mode in (router.eval(), router.train(), router)]
             if not all(_is_triple(result, router.get_submodule(linear)) for result in found):
                 return "does not return logits, weights and ids"
             if any(not torch.equal(found[0][1], other[1]) for other in found[1:]):
@@ -74,25 +89,37 @@ def measure(router: torch.nn.Module, linear: str) -> Said | str:
             logits, weights, ids = found[0]
             if not torch.allclose(_logits(router, linear, tokens, torch.float32), logits, rtol=1e-5, atol=1e-5):
                 return "its logits are more than a linear layer"
-            match = _match(router, linear, logits, weights, ids)
+            match = _match(router, linear, given, logits, weights, ids)
             if match is None:
                 return "no option of route gives its weights"
-            dtypes = tuple(_dtypes(router, linear, tokens))
+            dtypes = tuple(_dtypes(router, linear, tokens, given))
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             return f"does not run on tokens alone ({type(error).__name__})"
-    return Said(ids.shape[-1], linear, match[0], match[1], dtypes)
+    return Said(ids.shape[-1], linear, match[0], match[0] in given, match[1], dtypes)
 
 
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     said: Said = self._moe_ops_said
     weight = self.get_submodule(said.linear).weight
     kind = next((row[2:] for row in said.dtypes if row[:2] == (hidden_states.dtype, weight.dtype)), None)
-    if args or kwargs or kind is None:
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    if len(given) != said.argument or kind is None:
         return self._moe_ops_forward(hidden_states, *args, **kwargs)
     logits = _logits(self, said.linear, hidden_states.reshape(-1, weight.shape[1]), kind[0])
-    bias = None if said.bias is None else _named(self, said.bias).reshape(-1)
+    bias = None
+    if said.bias is not None:
+        bias = (given[0] if said.argument else _named(self, said.bias)).reshape(-1)
     weights, experts = ops.route(logits, said.top_k, selection_bias=bias, **dict(said.options))
     return logits, weights.to(kind[1]), experts.long()
+
+
+def _shaped(router: torch.nn.Module, tokens: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """Tokens [TOKENS, H], or [1, TOKENS, H] for a router that takes nothing else."""
+    try:
+        router(tokens, **given)
+    except ValueError:
+        return tokens[None]
+    return tokens
 
 
 def _logits(router: Any, linear: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,16 +129,18 @@ def _logits(router: Any, linear: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _match(
-    router: Any, linear: str, logits: Tensor, weights: Tensor, ids: Tensor
+    router: Any, linear: str, given: dict[str, Tensor], logits: Tensor, weights: Tensor, ids: Tensor
 ) -> tuple[str | None, tuple[tuple[str, Any], ...]] | None:
     """The name of the bias and the options that give these weights."""
     dense = torch.zeros(logits.shape, dtype=torch.float64)
     theirs = dense.scatter(1, ids, weights.double())
     chosen = dense.scatter(1, ids, 1.0)
-    biases: list[str | None] = [None, *_per_expert(router, linear)]
+    biases: list[str | None] = [None, *given, *_per_expert(router, linear)]
     for bias, options in itertools.product(biases, _candidates(router)):
         try:
-            said_bias = None if bias is None else _named(router, bias).reshape(-1)
+            said_bias = None
+            if bias is not None:
+                said_bias = (given[bias] if bias in given else _named(router, bias)).reshape(-1)
             ours, experts = ops.route(logits.float(), ids.shape[-1], selection_bias=said_bias, **options)
         except ValueError:
             continue  # groups that cannot hold top_k
@@ -142,17 +171,19 @@ def _candidates(router: Any) -> Iterator[dict[str, Any]]:
             yield {"score": score, **group, **renormalize}
 
 
-def _dtypes(router: Any, linear: str, tokens: Tensor) -> Iterator[tuple[torch.dtype, ...]]:
+def _dtypes(router: Any, linear: str, tokens: Tensor, given: dict[str, Tensor]) -> Iterator[tuple[torch.dtype, ...]]:
+    tokens = _shaped(router, tokens, given)
     for of_tokens, of_weight in DTYPES:
         layer = router.get_submodule(linear)
         layer.weight.data = layer.weight.data.to(of_weight)
         if getattr(layer, "bias", None) is not None:
             layer.bias.data = layer.bias.data.to(of_weight)
         try:
-            logits, weights, _ = router(tokens.to(of_tokens))
+            logits, weights, _ = router(tokens.to(of_tokens), **given)
         except RuntimeError:
             continue  # transformers does not run it so either
-        if torch.allclose(_logits(router, linear, tokens.to(of_tokens), logits.dtype), logits, rtol=1e-5, atol=1e-5):
+        x = tokens.reshape(-1, tokens.shape[-1]).to(of_tokens)
+        if torch.allclose(_logits(router, linear, x, logits.dtype), logits, rtol=1e-5, atol=1e-5):
             yield of_tokens, of_weight, logits.dtype, weights.dtype
 
 
@@ -186,8 +217,12 @@ def _linear(router: torch.nn.Module) -> str | None:
     return layers[0] if len(layers) == 1 else None
 
 
+def _experts(router: Any, linear: str) -> int:
+    return int(router.get_submodule(linear).weight.shape[0])
+
+
 def _per_expert(router: Any, linear: str) -> list[str]:
-    experts, own = router.get_submodule(linear).weight.shape[0], f"{linear}.bias".lstrip(".")
+    experts, own = _experts(router, linear), f"{linear}.bias".lstrip(".")
     values = itertools.chain(router.named_parameters(), router.named_buffers())
     return [name for name, value in values if value.numel() == experts and value.dim() <= 2 and name != own]
 
