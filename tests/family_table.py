@@ -1,7 +1,7 @@
-"""Writes the table of transformers' families in docs/transformers.md from the results of their tests.
+"""Writes what was tested of transformers' families into docs/transformers.md and docs/routing.md, from the results.
 
 pytest tests/test_transformers*.py --junitxml=results.xml
-python tests/family_table.py results.xml docs/transformers.md
+python tests/family_table.py results.xml docs/transformers.md docs/routing.md
 """
 
 import re
@@ -9,43 +9,63 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-BEGIN, END = "<!-- families: tests/family_table.py -->", "<!-- end of families -->"
-COLUMNS = {"test_experts_class": "experts", "test_model": "model", "test_routers": "router", "test_replace": "replace"}
+COLUMNS = {
+    "test_experts_class": "experts", "test_model": "float32", "test_bfloat16": "bfloat16", "test_routers": "router",
+    "test_replace": "replace",
+}  # fmt: skip
+ORDER = ("class", "experts", "float32", "bfloat16", "text", "router", "replace")
 
 
 def results(path):
-    """Passed or failed of each family, by column; of several classes in a family the worst."""
+    """Passed or failed of each family, by column; of several classes in a family the worst. What the tests recorded
+    as properties stands beside it: the model's class, its text, and the options of its router."""
     found = {}
     for case in ElementTree.parse(path).iter("testcase"):
         match = re.fullmatch(r"(\w+)\[(.+?)\]", case.get("name", ""))
         own = match and match[1] in COLUMNS and case.get("classname", "").rpartition(".")[2] != "test_transformers"
         if not own or case.find("skipped") is not None:
             continue
-        family, _, rest = match[2].replace("nllb-moe", "nllb_moe").partition("-")
-        family = family.removesuffix("_text")
-        good = {"True": "route", "False": "left alone"}.get(rest, "yes")
-        failed = case.find("failure") is not None or case.find("error") is not None
-        row = found.setdefault(family, {})
+        row = found.setdefault(match[2].partition("-")[0], {})
         column = COLUMNS[match[1]]
+        failed = case.find("failure") is not None or case.find("error") is not None
+        recorded = {each.get("name"): each.get("value") for each in case.iter("property")}
+        good = recorded.pop("router", "yes")
         row[column] = "FAILED" if failed or row.get(column) == "FAILED" else good
+        row |= recorded
     return found
 
 
-def table(found):
-    names = list(COLUMNS.values())
-    lines = ["| family | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+def families(found):
+    lines = ["| family | " + " | ".join(ORDER) + " |", "| --- |" + " --- |" * len(ORDER)]
     for family, row in sorted(found.items()):
-        lines.append(f"| {family} | " + " | ".join(row.get(name, "") for name in names) + " |")
+        lines.append(f"| {family} | " + " | ".join(row.get(name, "") for name in ORDER) + " |")
     return "\n".join(lines)
 
 
-def main(source, target):
-    text = Path(target).read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+def routers(found):
+    """Families by what their router is in the options of route."""
+    by_options = {}
+    for family, row in sorted(found.items()):
+        if "options" in row:
+            by_options.setdefault(row["options"], []).append(family)
+    lines = ["| router | families |", "| --- | --- |"]
+    for options, names in sorted(by_options.items(), key=lambda pair: (not pair[0].startswith("`"), -len(pair[1]))):
+        lines.append(f"| {options} | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def write(target, begin, end, table):
+    before, _, rest = Path(target).read_text().partition(begin)
+    _, _, after = rest.partition(end)
     if not rest or not after:
-        sys.exit(f"{target}: no lines {BEGIN} and {END}")
-    Path(target).write_text(f"{before}{BEGIN}\n{table(results(source))}\n{END}{after}")
+        sys.exit(f"{target}: no lines {begin} and {end}")
+    Path(target).write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def main(source, transformers, routing):
+    found = results(source)
+    write(transformers, "<!-- families: tests/family_table.py -->", "<!-- end of families -->", families(found))
+    write(routing, "<!-- routers: tests/family_table.py -->", "<!-- end of routers -->", routers(found))
 
 
 if __name__ == "__main__":

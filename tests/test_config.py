@@ -274,8 +274,10 @@ def test_mistakes_are_named():
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=5)
     with pytest.raises(TypeError, match=r"MoEConfig: router must be a mapping of options"):
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router="softmax")
-    with pytest.raises(ValueError, match=r"MoEConfig: router_kind must be one of top_k, sparse_mixer, got 'hash'"):
+    with pytest.raises(ValueError, match=r"MoEConfig: router_kind must be one of top_k, .*sparse_mixer, got 'hash'"):
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind="hash")
+    with pytest.raises(ValueError, match=r"MoEConfig: top_k must be 1 with router_kind 'switch', got 2"):
+        MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind="switch")
     for wrong, text in (
         ({"latent": 0}, "latent must be at least 1, got 0"),
         ({"capacity_factor": -1.0}, "capacity_factor must be greater than 0, got -1.0"),
@@ -315,6 +317,14 @@ def test_a_built_layer_is_the_layer_of_its_options():
         up_offset=1.0,
     )  # fmt: skip
     torch.testing.assert_close(built(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_switch_is_built_with_its_own_router_and_start():
+    """Truncated normal of scale 0.1: nothing beyond two deviations, where nn.Router would be uniform."""
+    layer = MoEConfig.preset("switch-base-8").build(hidden=64, inner=12)
+    assert type(layer.router) is moe_ops.nn.SwitchRouter and layer.router.jitter == 0.01
+    deviation = (0.1 / 64) ** 0.5
+    assert layer.router.weight.abs().max() <= 2 * deviation and layer.router.weight.std() < 1.1 * deviation
 
 
 def test_phi_is_built_with_sparse_mixer():

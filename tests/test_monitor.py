@@ -53,8 +53,8 @@ def test_figures_are_those_of_a_loop(device):
                 chance = counts[a] * counts[b] / TOKENS
                 assert float(together[a, b]) == pytest.approx(both / chance if chance else 0)
     lse = torch.logsumexp(x.double() @ model[0].router.weight.double().T, 1)
-    assert health.summary()["0"].logit_norm == pytest.approx(lse.square().mean().sqrt().item(), rel=1e-4)
-    assert health.summary()["0"].max_logit == pytest.approx(lse.abs().max().item(), rel=1e-4)
+    assert health.summary()["0"].logsumexp_rms == pytest.approx(lse.square().mean().sqrt().item(), rel=1e-4)
+    assert health.summary()["0"].logsumexp_max == pytest.approx(lse.abs().max().item(), rel=1e-4)
 
 
 def test_dropped_slots_are_those_of_the_plan(device):
@@ -109,7 +109,7 @@ def test_update_by_hand_takes_results_and_pairs(device):
     by_result.update("a", moe_ops.route(logits, TOP_K, stats=True))
     by_pair.update("a", moe_ops.route(logits, TOP_K), EXPERTS)
     assert by_result.summary()["a"].load == by_pair.summary()["a"].load
-    assert math.isnan(by_pair.summary()["a"].logit_norm)
+    assert math.isnan(by_pair.summary()["a"].logsumexp_rms)
     by_pair.update("a", moe_ops.route(logits, TOP_K), EXPERTS)
     assert by_pair.summary()["a"].tokens == 2 * TOKENS
     with pytest.raises(TypeError, match=r"RouterHealth.update: num_experts must be"):
@@ -163,7 +163,7 @@ def test_routers_of_a_cascade_are_watched_and_replayed(device):
     for name, route in zip(("routers.0", "routers.1"), routes, strict=True):
         summary = health.summary()[name]
         assert summary.load == pytest.approx((route.counts[0] * EXPERTS / (TOKENS * TOP_K)).tolist())
-        assert summary.max_logit == pytest.approx(route.logsumexp.abs().max().item())
+        assert summary.logsumexp_max == pytest.approx(route.logsumexp.abs().max().item())
     with replay.play(weights="recorded"):
         played, again = model(x, return_route=True)
     assert_bitwise_equal(played, expected)
@@ -238,6 +238,67 @@ def test_transformers_experts_are_overheard():
     assert len(summaries) == 2
     for summary in summaries.values():
         assert summary.tokens == 20 and sum(summary.load) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7", "switch_transformers"])
+def test_layers_that_were_replaced_are_seen(family):
+    """As many tokens and slots as the model has, until detached."""
+    pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed")
+    from moe_ops.integrations.transformers import replace
+    from transformers_models import ids, logits_of, tiny_model
+
+    model, tokens = tiny_model(family), ids()
+    report = replace(model)
+    health = RouterHealth(model)
+    logits_of(model, tokens)
+    summaries = health.summary()
+    assert set(summaries) == {name.removesuffix(".experts") for name in report.replaced}
+    top_k = 1 if family == "switch_transformers" else 2
+    for name, summary in summaries.items():
+        counts = health.layers[name].by_class.sum()
+        assert summary.tokens == tokens.numel() and 0 < counts <= tokens.numel() * top_k
+        assert family == "switch_transformers" or counts == tokens.numel() * top_k  # it drops beyond its capacity
+    health.detach()
+    logits_of(model, tokens)
+    assert health.summary() == summaries
+    other = RouterHealth(copy.deepcopy(model))
+    logits_of(model, tokens)
+    assert not other.summary()
+
+
+def in_ranks(rank, meet, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    model, x = layers("cpu"), randn(TOKENS, HIDDEN, seed=21)
+    group = torch.distributed.group.WORLD
+    health = RouterHealth(model, coactivation=True, group=group)
+    with torch.no_grad():
+        model[0](x[rank * 10 : 10 + rank * 30])  # 10 and 30 tokens
+    health.step()
+    results[rank] = health.summary(), health.together("0"), health.history("0"), health.table()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo")
+def test_two_ranks_read_as_one_with_all_tokens(tmp_path, pytestconfig):
+    if pytestconfig.getoption("--device") != "cpu":
+        pytest.skip("the ranks are processes on a CPU")
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(in_ranks, (str(tmp_path / "meet"), results), nprocs=2)
+        first, second = results[0], results[1]
+    model = layers("cpu")
+    model[0].capacity_factor = None
+    alone = RouterHealth(model, coactivation=True)
+    with torch.no_grad():
+        model[0](randn(TOKENS, HIDDEN, seed=21))
+    expected, got = alone.summary()["0"], first[0]["0"]
+    assert first[0] == second[0] and first[3] == second[3]
+    assert (got.tokens, got.load, got.dead) == (expected.tokens, expected.load, expected.dead)
+    assert got.logsumexp_rms == pytest.approx(expected.logsumexp_rms)
+    assert got.logsumexp_max == pytest.approx(expected.logsumexp_max)
+    torch.testing.assert_close(first[1], alone.together("0"))
+    assert first[2].tolist() == alone.history("0").tolist()
 
 
 def test_trainer_callback():

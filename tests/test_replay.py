@@ -81,17 +81,74 @@ def test_every_kind_of_router_is_watched_and_replayed(device):
     replay, health = RouterReplay(layer), RouterHealth(layer)
     with replay.record():
         expected, route = layer(x, return_route=True)
-    assert health.summary()["router"].logit_norm == pytest.approx(route.logsumexp.square().mean().sqrt().item())
+    assert health.summary()["router"].logsumexp_rms == pytest.approx(route.logsumexp.square().mean().sqrt().item())
     with replay.play(weights="recorded"):
         played, replayed = layer(x, return_route=True)
     assert_bitwise_equal(played, expected)
     assert_bitwise_equal(replayed.counts, route.counts)
-    with pytest.raises(TypeError, match=r"weights must be 'recorded' for router, a NoisyTopKRouter"), replay.play():
-        pass
     cascade = nn.Cascade(nn.Experts(4, HIDDEN, 8), [nn.Router(HIDDEN, 4, 2), nn.HashRouter(HIDDEN, 4, 1, 9)]).to(device)
     health = RouterHealth(cascade)
     cascade(x, token_ids=(torch.arange(TOKENS) % 9).to(device))
     assert {name: summary.tokens for name, summary in health.summary().items()} == {"routers.0": 40, "routers.1": 40}
+
+
+KINDS = {
+    "switch": (lambda: nn.SwitchRouter(HIDDEN, EXPERTS), lambda z, ids: z[0].softmax(1).gather(1, ids)),
+    "noisy": (lambda: nn.NoisyTopKRouter(HIDDEN, EXPERTS, TOP_K), lambda z, ids: z[0].gather(1, ids).softmax(1)),
+    "expert choice": (
+        lambda: nn.ExpertChoiceRouter(HIDDEN, EXPERTS, TOP_K),
+        lambda z, ids: z[0].softmax(1).masked_fill(ids < 0, 0),
+    ),
+    "hash": (
+        lambda: nn.HashRouter(HIDDEN, EXPERTS, TOP_K, 9, score="sigmoid", scale=1.5),
+        lambda z, ids: 1.5 * z[0].sigmoid().gather(1, ids) / z[0].sigmoid().gather(1, ids).sum(1, keepdim=True),
+    ),
+    "uniform hash": (lambda: nn.HashRouter(HIDDEN, EXPERTS, TOP_K, 9), lambda z, ids: torch.full(ids.shape, 0.5)),
+    "hierarchical": (
+        lambda: nn.HierarchicalRouter(HIDDEN, EXPERTS, TOP_K, (3, 2)),
+        lambda z, ids: (
+            z[1].softmax(1).gather(1, ids // 2) * z[0].unflatten(1, (3, 2)).softmax(2).flatten(1).gather(1, ids)
+        ),
+    ),
+    "hierarchical, of the chosen": (
+        lambda: nn.HierarchicalRouter(HIDDEN, EXPERTS, TOP_K, (3, 1), score="softmax_selected"),
+        lambda z, ids: z[0].gather(1, ids).softmax(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_that_can_weighs_what_was_recorded(kind, device):
+    """Exact under the same parameters; under others, the paper's formula in float64 for the recorded experts."""
+    build, formula = KINDS[kind]
+    torch.manual_seed(0)
+    router = build().to(device).eval()
+    ids = (torch.arange(TOKENS) % 9).to(device)
+    x, replay = randn(TOKENS, HIDDEN, seed=18).to(device), RouterReplay(router)
+    with replay.record():
+        weights, experts = router(x, token_ids=ids)
+    with replay.play():
+        again = router(x, token_ids=ids)
+    assert_bitwise_equal(again[0], weights)
+    assert_bitwise_equal(again[1], experts)
+    parameters = [p for p in (router.weight, getattr(router, "group_weight", None)) if p is not None]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.5 * randn(*parameter.shape, seed=19).to(device))
+    if "hash" not in kind:
+        assert not torch.equal(router(x, token_ids=ids)[1], experts)
+    with replay.play():
+        weights, played = router(x, token_ids=ids, stats=True)[:2]
+    assert_bitwise_equal(played, experts)
+    exact = [parameter.detach().cpu().double().requires_grad_() for parameter in parameters]
+    expected = formula([x.cpu().double() @ weight.T for weight in exact], experts.cpu().long()).double()
+    torch.testing.assert_close(weights.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    if parameters:
+        cotangent = randn(*weights.shape, seed=20)
+        grads = torch.autograd.grad((weights * cotangent.to(device)).sum(), parameters, materialize_grads=True)
+        wanted = torch.autograd.grad((expected * cotangent.double()).sum(), exact, materialize_grads=True)
+        for grad, exact_grad in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad.cpu().double(), exact_grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", ["recomputed", "recorded"])
@@ -121,9 +178,9 @@ def test_what_is_played_is_what_is_counted(device):
 
 
 def test_a_play_that_is_refused_leaves_no_hook(device):
-    noisy = nn.NoisyTopKRouter(HIDDEN, EXPERTS, TOP_K)
-    model = torch.nn.ModuleList([layers(device), nn.MoE(HIDDEN, 8, EXPERTS, TOP_K, router=noisy)])
-    refused = pytest.raises(TypeError, match=r"must be 'recorded' for 1.router, a NoisyTopKRouter")
+    sampled = nn.SparseMixerRouter(HIDDEN, EXPERTS, TOP_K)
+    model = torch.nn.ModuleList([layers(device), nn.MoE(HIDDEN, 8, EXPERTS, TOP_K, router=sampled)])
+    refused = pytest.raises(TypeError, match=r"must be 'recorded' for 1.router, a SparseMixerRouter, got 'recomputed'")
     with refused, RouterReplay(model).play():
         pass
     for layer in model[0]:

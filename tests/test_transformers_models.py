@@ -1,5 +1,7 @@
 """Tiny models of every family of transformers whose experts are a plug-in, as a whole, on moe_ops and on eager."""
 
+import re
+
 import pytest
 import torch
 
@@ -61,6 +63,14 @@ def test_bfloat16(family):
     assert_bfloat16(family, lambda model: model.set_experts_implementation("moe_ops"))
 
 
+def options_of(said):
+    """The options of route without what a config sets: top_k, the number of groups, and scale."""
+    said = re.sub(r"top_k=\d+, |, scale=[\d.]+", "", said)
+    said = re.sub(r"groups=\(\d+, \d+\)", "groups", said)
+    said = re.sub(r"selection_bias=[\w.]+", "selection_bias", said)
+    return f"`{said}`"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routers(family, record_property):
     """enable(model, router=True): the same logits and gradients; routers that route cannot say are left alone."""
@@ -68,6 +78,8 @@ def test_routers(family, record_property):
     eager = logits_and_gradients(model, tokens)
     report = enable(model, router=True)
     assert set(report.left.values()) == {LEFT_ALONE[family]} if family in LEFT_ALONE else not report.left, report
+    why = sorted(set(report.left.values()))
     assert bool(report.replaced) == (family not in LEFT_ALONE or family == "deepseek_v4")
-    record_property("router", "; ".join(["route"] * bool(report.replaced) + sorted(set(report.left.values()))))
+    record_property("router", "route" if report.replaced else "left alone")
+    record_property("options", "; ".join([*sorted(map(options_of, set(report.replaced.values()))), *why]))
     assert_same(family, tokens, logits_and_gradients(model, tokens), eager, TOLERANCE)

@@ -20,7 +20,7 @@ SIZES = {
     "device",
     "dtype",
 }  # said by the config and by build
-ROUTERS = {"top_k": nn.Router, "sparse_mixer": nn.SparseMixerRouter}
+ROUTERS = {"top_k": nn.Router, "switch": nn.SwitchRouter, "sparse_mixer": nn.SparseMixerRouter}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,8 @@ class MoEConfig:
     Args:
         hidden, inner, num_experts, top_k: sizes; inner is that of one expert.
         router: options of the router.
-        router_kind: "top_k" for `moe_ops.nn.Router`, "sparse_mixer" for `moe_ops.nn.SparseMixerRouter`.
+        router_kind: "top_k" for `moe_ops.nn.Router`, "switch" for `SwitchRouter` (top_k is 1), "sparse_mixer" for
+            `SparseMixerRouter`.
         experts: options of `moe_ops.nn.Experts` (activation, gated, bias, ...), for routed and shared experts alike.
         shared_inner, shared_gate, latent, capacity_factor, drop_policy: as in `moe_ops.nn.MoE`.
         moe_layers: how many such layers the model has.
@@ -70,6 +71,8 @@ class MoEConfig:
             raise ValueError(f"{op}: top_k must be between 1 and num_experts ({self.num_experts}), got {self.top_k}")
         if self.router_kind not in ROUTERS:
             raise ValueError(f"{op}: router_kind must be one of {', '.join(ROUTERS)}, got {self.router_kind!r}")
+        if self.router_kind == "switch" and self.top_k != 1:
+            raise ValueError(f"{op}: top_k must be 1 with router_kind 'switch', got {self.top_k}")
         for name in ("router", "experts"):
             module_checks.instance(op, name, getattr(self, name), (Mapping,), "a mapping of options")
             object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's dict stays the caller's
@@ -156,9 +159,8 @@ class MoEConfig:
         config = self.replace(**changes) if changes else self
         if config.unsaid and not approximate:
             raise ValueError(f"MoEConfig: {config.unsaid}; approximate=True builds the layer without it")
-        router = ROUTERS[config.router_kind](
-            config.hidden, config.num_experts, config.top_k, device=device, dtype=dtype, **config.router
-        )
+        sizes = (config.hidden, config.num_experts, *([] if config.router_kind == "switch" else [config.top_k]))
+        router = ROUTERS[config.router_kind](*sizes, device=device, dtype=dtype, **config.router)
         return nn.MoE(
             config.hidden,
             config.inner,

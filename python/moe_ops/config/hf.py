@@ -149,7 +149,8 @@ def phimoe(config: Any) -> dict[str, Any]:
 def switch(config: Any) -> dict[str, Any]:
     return {
         "hidden": config.d_model, "inner": config.d_ff, "num_experts": config.num_experts, "top_k": 1,
-        "router": {"jitter": config.router_jitter_noise}, "experts": experts(config, "dense_act_fn", gated=False),
+        "router_kind": "switch", "router": {"jitter": config.router_jitter_noise},
+        "experts": experts(config, "dense_act_fn", gated=False),
         "moe_layers": config.num_sparse_encoder_layers + config.num_sparse_decoder_layers,
         "unsaid": f"switch_transformers' capacity is {config.expert_capacity} tokens per sequence, MoE's is a factor "
         "of the batch",

@@ -52,30 +52,36 @@ def model(
 
 def switch(
     name: str, layers: int, heads: int, *, hidden: int, inner: int, num_experts: int, gated: bool, activation: str,
-    source: str,
+    tied: bool, source: str,
 ) -> None:  # fmt: skip
     """An encoder and a decoder of T5's form, every other feed-forward layer sparse."""
     self_attention = 4 * hidden * heads * 64
     model(
         name, vocab=32128, blocks=2 * layers, moe_layers=layers, hidden=hidden, inner=inner, num_experts=num_experts,
-        top_k=1, tied=True, attention=3 * layers * self_attention, dense=layers * mlp(hidden, inner, gated=gated),
+        top_k=1, tied=tied, attention=3 * layers * self_attention, dense=layers * mlp(hidden, inner, gated=gated),
         norms=(2 * layers + 1 + 3 * layers + 1) * hidden, extra=2 * 32 * heads,  # relative positions: 32 buckets
-        router={"jitter": 0.01}, experts={"activation": activation, "gated": gated}, capacity_factor=1.25,
-        source=f"{source}; capacity factor and jitter: Fedus et al. 2022 (arXiv:2101.03961), sections 2.2 and 2.4",
+        router_kind="switch", router={"jitter": 0.01}, capacity_factor=1.25,
+        experts={"activation": activation, "gated": gated},
+        source=f"{source}; jitter (the t5x models have none): Fedus et al. 2022 (arXiv:2101.03961), appendix C",
     )  # fmt: skip
 
 
 switch(
     "switch-base-8", 12, 12, hidden=768, inner=3072, num_experts=8, gated=False, activation="relu",
+    tied=True,
     source="google/flaxformer, t5x/configs/moe/models/switch_base.gin, with the 8 experts of google/switch-base-8",
 )  # fmt: skip
 switch(
     "switch-base-128", 12, 12, hidden=768, inner=3072, num_experts=128, gated=False, activation="relu",
-    source="google/flaxformer, t5x/configs/moe/models/switch_base.gin",
+    tied=True,
+    source="google/flaxformer, t5x/configs/moe/models/switch_base.gin, with the 128 experts of t5x's checkpoint "
+    "moe/switch_classic/base/e128 (docs/models.md)",
 )  # fmt: skip
 switch(
     "switch-xxl", 24, 64, hidden=4096, inner=10240, num_experts=128, gated=True, activation="gelu_tanh",
-    source="google/flaxformer, t5x/configs/moe/models/switch_xxl.gin (128 experts give the 395B of the paper's table)",
+    tied=False,
+    source="google/flaxformer, t5x/configs/moe/models/switch_xxl.gin (its 128 experts give the 395B of the paper's "
+    "table 9)",
 )  # fmt: skip
 model(
     "mixtral-8x7b", hidden=4096, inner=14336, num_experts=8, top_k=2, router=RENORMALIZED,

@@ -27,31 +27,41 @@ class RouterHealth:
 
     Counts come from `moe_ops.route`'s statistics, in the pass over the logits that it makes anyway; sums stay on the
     device, and nothing waits for it before a figure is read. Routers of transformers' models are seen through the ids
-    that their experts are given: counted, but without logits. Evaluation counts too: `pause()` leaves it out. Under
-    activation checkpointing a router is called twice and counts twice, which changes no share.
+    that their experts are given, and layers that `integrations.transformers.replace` put in before likewise: counted,
+    but without logits. Evaluation counts too: `pause()` leaves it out. Under activation checkpointing a router is
+    called twice and counts twice, which changes no share.
 
     Args:
         model: watches all its routers by hooks until `detach()`; None: `update` is called by hand.
         classes: names of token classes (parts of speech, languages, ...), whose loads are kept apart; each forward then
             stands within `with health.token_classes(ids):`.
         coactivation: also counts which pairs of experts are chosen by one token, [E, E] per layer: a pass over the ids.
+        group: figures are those of all ranks of this process group together, summed when they are read: every rank
+            must then read the same ones in the same order. None: those of this process.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the model has no router.
     """
 
     def __init__(
-        self, model: torch.nn.Module | None = None, *, classes: Sequence[str] = (), coactivation: bool = False
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        classes: Sequence[str] = (),
+        coactivation: bool = False,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         module_checks.instance("RouterHealth", "model", model, (torch.nn.Module, type(None)), "a Module or None")
         checks.flag("RouterHealth", "coactivation", coactivation)
         if isinstance(classes, str):
             raise TypeError(f"RouterHealth: classes must be a sequence of names, got the str {classes!r}")
-        self.classes, self.coactivation = tuple(classes), coactivation
+        module_checks.group("RouterHealth", group)
+        self.classes, self.coactivation, self.group = tuple(classes), coactivation, group
         self.layers: dict[str, Layer] = {}
         self._ids: Tensor | None = None
         self._paused = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._listening: list[tuple[list[Any], Any]] = []
         if model is not None:
             self._attach(model)
 
@@ -148,10 +158,13 @@ class RouterHealth:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for listeners, told in self._listening:
+            listeners.remove(told)
+        self._listening.clear()
 
     def summary(self) -> dict[str, LayerSummary]:
         """The figures of every layer; reading them waits for the device."""
-        return {name: layer.summary() for name, layer in self.layers.items()}
+        return {name: self.whole(name).summary() for name in self.layers}
 
     def together(self, name: str) -> Tensor:
         """[E, E] float64, how much likelier than by chance two experts are chosen by one token: 1 is chance, 0 never.
@@ -162,6 +175,8 @@ class RouterHealth:
         layer = self._layer("together", name)
         if layer.together is None:
             raise ValueError("RouterHealth.together: RouterHealth must be built with coactivation=True")
+        layer = self.whole(name)
+        assert layer.together is not None
         pairs = layer.together.double().cpu()
         share = pairs.diagonal() / max(layer.tokens, 1)
         expected = share[:, None] * share[None, :] * max(layer.tokens, 1)
@@ -173,7 +188,8 @@ class RouterHealth:
         Raises:
             ValueError: no such layer was seen.
         """
-        counts = self._layer("specialisation", name).by_class.double().cpu()
+        self._layer("specialisation", name)
+        counts = self.whole(name).by_class.double().cpu()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
     def table(self) -> str:
@@ -203,6 +219,19 @@ class RouterHealth:
 
         return callback(self, report)
 
+    def whole(self, name: str) -> Layer:
+        """A layer's sums, those of the group where there is one."""
+        layer = self.layers[name]
+        return layer if self.group is None else layer.over(self.group)
+
+    def history(self, name: str) -> Tensor:
+        """[steps, E] int64, slots per expert of each step closed (of what was counted so far, where none was)."""
+        layer = self._layer("history", name)
+        counts = torch.stack(layer.history or [layer.by_class.sum(0)])
+        if self.group is not None:
+            torch.distributed.all_reduce(counts, group=self.group)
+        return counts
+
     def _layer(self, op: str, name: str) -> Layer:
         if name not in self.layers:
             known = ", ".join(self.layers) or "the layers seen, of which there is none yet"
@@ -218,8 +247,8 @@ class RouterHealth:
         return self._ids.to(experts.device)
 
     def _attach(self, model: torch.nn.Module) -> None:
-        ours, theirs = routers.routers(model), routers.foreign_experts(model)
-        if not ours and not theirs:
+        ours, theirs, replaced = routers.routers(model), routers.foreign_experts(model), routers.replaced(model)
+        if not ours and not theirs and not replaced:
             raise ValueError("RouterHealth: model must have a moe_ops.nn router or experts of transformers, got none")
         layer_of = {id(m.router): m for m in model.modules() if isinstance(m, nn.MoE)}
 
@@ -252,7 +281,18 @@ class RouterHealth:
 
             self._hooks.append(experts.register_forward_pre_hook(before, with_kwargs=True))
 
+        def listen(name: str, experts: torch.nn.Module) -> None:
+            def told(module: Any, ids: Tensor, num_experts: int) -> None:
+                if not self._paused and module is experts:
+                    self.update(name, (ids, ids), num_experts)
+
+            listeners = getattr(experts, routers.LISTENERS)
+            listeners.append(told)
+            self._listening.append((listeners, told))
+
         for name, router in ours.items():
             watch(name.removesuffix(".router"), router)
         for name, experts in theirs.items():
             overhear(name.removesuffix(".experts"), experts)
+        for name, experts in replaced.items():
+            listen(name.removesuffix(".experts"), experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ class LayerSummary(NamedTuple):
         entropy: of the load's shares over log(num_experts): 1 is even, 0 is collapse.
         dead: how many experts were never chosen.
         dropped: the share of slots beyond the capacity; 0 where none is known.
-        logit_norm: root mean square over tokens of logsumexp(logits), which the z-loss keeps small; nan if not given.
-        max_logit: the greatest |logsumexp|; nan if not given.
+        logsumexp_rms: of logsumexp(logits), the root of its mean square over tokens, which the z-loss keeps small; nan
+            if not given.
+        logsumexp_max: the greatest |logsumexp(logits)|; nan if not given.
     """
 
     tokens: int
@@ -29,8 +31,8 @@ class LayerSummary(NamedTuple):
     entropy: float
     dead: int
     dropped: float
-    logit_norm: float
-    max_logit: float
+    logsumexp_rms: float
+    logsumexp_max: float
 
 
 class Layer:
@@ -71,6 +73,23 @@ class Layer:
             # Sums of integers: their order does not show.
             self.together.view(-1).index_add_(0, torch.where(both > 0, pairs.flatten(), 0), both)
 
+    def over(self, group: torch.distributed.ProcessGroup) -> Layer:
+        """A copy with the sums of all ranks of the group, three collectives; its history is empty."""
+        whole = copy.copy(self)
+        parts = [self.by_class, self.dropped, torch.full_like(self.dropped, self.tokens)]
+        parts += [torch.full_like(self.dropped, self.has_logits)]
+        parts += [] if self.together is None else [self.together]
+        counts = torch.cat([part.flatten() for part in parts])
+        torch.distributed.all_reduce(counts, group=group)
+        summed = [part.view(like.shape) for part, like in zip(counts.split([p.numel() for p in parts]), parts)]
+        whole.by_class, whole.dropped = summed[0], summed[1]
+        whole.tokens, whole.has_logits = int(summed[2]), bool(summed[3])
+        whole.together = None if self.together is None else summed[4]
+        whole.square, whole.greatest, whole.history = self.square.clone(), self.greatest.clone(), []
+        torch.distributed.all_reduce(whole.square, group=group)
+        torch.distributed.all_reduce(whole.greatest, op=torch.distributed.ReduceOp.MAX, group=group)
+        return whole
+
     def step(self) -> None:
         self.history.append(self.step_counts)
         self.step_counts = torch.zeros_like(self.step_counts)
@@ -88,6 +107,6 @@ class Layer:
             entropy=float(entropy),
             dead=int((counts == 0).sum()),
             dropped=float(self.dropped) / max(slots, 1.0),
-            logit_norm=math.sqrt(float(self.square) / self.tokens) if self.has_logits else math.nan,
-            max_logit=float(self.greatest) if self.has_logits else math.nan,
+            logsumexp_rms=math.sqrt(float(self.square) / self.tokens) if self.has_logits else math.nan,
+            logsumexp_max=float(self.greatest) if self.has_logits else math.nan,
         )

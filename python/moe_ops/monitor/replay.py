@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import checks, module_checks, nn, reference
+from moe_ops import checks, module_checks
 from moe_ops.monitor import routers
 from moe_ops.nn.router_base import segment_counts
 from moe_ops.types import NoisyRouteResult, RouteResult
@@ -31,7 +31,7 @@ class RouterReplay:
 
     While playing, only the choice is replayed: weights come from the logits of the moment and have gradients. A token
     that would choose as recorded anyway keeps the bits of `moe_ops.route`, forward and backward, so that playing back
-    under the same parameters is exact; another's weights are route's formula in plain PyTorch (`reference.weigh`).
+    under the same parameters is exact; another's weights are the router's formula in plain PyTorch (its `weigh`).
 
     Attributes:
         routing: for every router by name, (weights [T, K], experts [T, K]) of each of its calls, in order, without
@@ -73,12 +73,12 @@ class RouterReplay:
         """Passes in here choose the experts that were recorded, call by call.
 
         Args:
-            weights: "recomputed" as above, for `moe_ops.nn.Router`; "recorded": the weights too are those recorded, for
-                every kind of router, and the router gets no gradient.
+            weights: "recomputed" as above; "recorded": the weights too are those recorded, and the router gets no
+                gradient: the only way for SparseMixerRouter, whose weights depend on how it chose.
 
         Raises:
             RuntimeError: a router is called more often than was recorded, or, at the end, less often.
-            TypeError: weights is "recomputed", and a router is no `moe_ops.nn.Router`.
+            TypeError: weights is "recomputed", and a router cannot weigh experts that it did not choose itself.
             ValueError: a call has another number of tokens than was recorded.
         """
         recorded = bool(checks.option("RouterReplay.play", "weights", weights, WEIGHTS))
@@ -98,20 +98,20 @@ class Player:
     """Replaces the choice of one router."""
 
     def __init__(self, name: str, router: Any, calls: list[tuple[Tensor, Tensor]], recorded: bool) -> None:
-        if not recorded and not isinstance(router, nn.Router):
+        if not recorded and router.scores_by is None:
             kind = type(router).__name__
             raise TypeError(f"RouterReplay.play: weights must be 'recorded' for {name}, a {kind}, got 'recomputed'")
         self.name, self.router, self.calls, self.recorded = name, router, calls, recorded
         self.played = 0
-        self.logits: Tensor | None = None
+        self.scores: Any = None
         if not recorded:
-            of_class = type(router).logits
+            of_class = getattr(type(router), router.scores_by)
 
-            def logits(x: Tensor) -> Tensor:
-                self.logits = of_class(router, x)
-                return self.logits
+            def scores(x: Tensor) -> Any:
+                self.scores = of_class(router, x)
+                return self.scores
 
-            router.logits = logits
+            setattr(router, router.scores_by, scores)
         # Before the hooks of RouterHealth and LossFreeBalancing, which count what is used.
         self.hook = router.register_forward_hook(self.replace, prepend=True, with_kwargs=True)
 
@@ -126,20 +126,13 @@ class Player:
             raise ValueError(f"RouterReplay.play: {self.name} must route {expected}, got {list(output[1].shape)}")
         self.played += 1
         if not self.recorded:
-            weights = self.weigh(router, output[0], output[1], experts)
+            natural, chosen = output[:2]  # kept to the bit where they are those recorded
+            weights = torch.where((experts == chosen).all(1, keepdim=True), natural, router.weigh(self.scores, experts))
         if not isinstance(output, (RouteResult, NoisyRouteResult)):
             return weights, experts
         segments, num_segments = kwargs.get("segments"), kwargs.get("num_segments", 1)
         counts = segment_counts(experts, router.num_experts, segments, num_segments)
         return output._replace(weights=weights, experts=experts, counts=counts)
-
-    def weigh(self, router: Any, natural: Tensor, chosen: Tensor, experts: Tensor) -> Tensor:
-        """The weights of experts; where they are those chosen, natural as it is."""
-        assert self.logits is not None
-        names = ("score", "renormalize", "eps", "p", "scale", "softcap")
-        options = {name: router.options[name] for name in names}
-        formula = reference.weigh(self.logits, experts, expert_scale=router.expert_scale, **options)
-        return torch.where((experts == chosen).all(1, keepdim=True), natural, formula)
 
     def check_end(self) -> None:
         if self.played != len(self.calls):
@@ -150,4 +143,4 @@ class Player:
     def remove(self) -> None:
         self.hook.remove()
         if not self.recorded:
-            del self.router.logits
+            delattr(self.router, self.router.scores_by)

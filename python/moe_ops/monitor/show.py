@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moe_ops.monitor.layer import LayerSummary
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ def table(summaries: dict[str, LayerSummary]) -> str:
     rows = [
         (
             name, str(s.tokens), f"{s.max_over_mean:.2f}", f"{s.entropy:.3f}", f"{s.dead}/{len(s.load)}",
-            f"{100 * s.dropped:.1f} %", f"{s.logit_norm:.2f}", f"{s.max_logit:.2f}", bars(s.load),
+            f"{100 * s.dropped:.1f} %", f"{s.logsumexp_rms:.2f}", f"{s.logsumexp_max:.2f}", bars(s.load),
         )
         for name, s in summaries.items()
     ]  # fmt: skip
@@ -54,9 +52,8 @@ def plot(health: RouterHealth, file: str) -> None:
     columns = 2 + bool(health.classes)
     size = (4.5 * columns, 1 + 2.2 * len(health.layers))
     figure, axes = plt.subplots(len(health.layers), columns, figsize=size, layout="constrained", squeeze=False)
-    for row, (name, layer) in zip(axes, health.layers.items(), strict=True):
-        history = layer.history or [layer.by_class.sum(0)]
-        counts = torch.stack(history).double().cpu()  # [steps, E]
+    for row, name in zip(axes, health.layers, strict=True):
+        counts = health.history(name).double().cpu()  # [steps, E]
         load = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)
         image = row[0].imshow(load.T.numpy(), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2)
         row[0].set(title=name, xlabel="step", ylabel="expert")
@@ -73,7 +70,7 @@ def plot(health: RouterHealth, file: str) -> None:
 def preference(figure: Any, axis: Any, health: RouterHealth, name: str) -> None:
     """Which experts a class goes to, over what all tokens do."""
     share = health.specialisation(name)
-    counts = health.layers[name].by_class.sum(0).double().cpu()
+    counts = health.whole(name).by_class.sum(0).double().cpu()
     lift = share / (counts / counts.sum().clamp(min=1)).clamp(min=1e-9)
     image = axis.imshow(lift.numpy(), aspect="auto", interpolation="nearest", cmap="PuOr_r", vmin=0, vmax=2)
     axis.set_yticks(range(len(health.classes)), health.classes)

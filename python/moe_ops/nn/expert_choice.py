@@ -34,6 +34,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     token_choice = False
     causal = False
+    scores_by = "logits"
 
     def __init__(
         self,
@@ -67,6 +68,10 @@ class ExpertChoiceRouter(LinearRouter):
         all_experts = ops.route(logits, self.num_experts, **statistics)
         counts = segment_counts(experts, self.num_experts, statistics["segments"], statistics["num_segments"])
         return RouteResult(weights, experts, counts, all_experts.mean_prob, all_experts.logsumexp)
+
+    def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """As in RouterBase, from logits [tokens, num_experts]; zero where an expert did not take the token."""
+        return torch.where(experts >= 0, scores.softmax(1), 0)
 
     def plan(self, experts: Tensor) -> Plan:
         """The rows of the tokens that were taken, by expert, then by token: num_experts · capacity of them."""

@@ -33,6 +33,7 @@ class HashRouter(LinearRouter):
     """
 
     table: Tensor
+    scores_by = "scores"
 
     def __init__(
         self,
@@ -72,6 +73,20 @@ class HashRouter(LinearRouter):
             raise ValueError("HashRouter: score must be one that scores tokens to have logits, got 'uniform'")
         return super().logits(x)
 
+    def scores(self, x: Tensor) -> Tensor:
+        """The logits, or zeros with score "uniform": x [..., hidden] -> [tokens, num_experts]."""
+        if self.score != "uniform":
+            return self.logits(x)
+        x = x.reshape(-1, self.hidden)
+        return x.new_zeros(x.shape[0], self.num_experts, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """As in RouterBase, from scores [tokens, num_experts]."""
+        if self.score == "uniform":
+            return torch.full_like(scores[:, : self.top_k], self.scale / self.top_k)
+        chosen = _scored(scores, self.score).gather(1, experts.clamp(min=0).long())
+        return chosen / (chosen.sum(1, keepdim=True) + 1e-20) * self.scale
+
     def set_top_k(self, top_k: int) -> None:
         """Refused: top_k is the table's."""
         raise ValueError(f"{type(self).__name__}: top_k must stay {self.top_k}, got {top_k}")
@@ -81,15 +96,9 @@ class HashRouter(LinearRouter):
             raise ValueError("HashRouter: token_ids must be given, got None")
         known = (token_ids >= 0) & (token_ids < self.table.shape[0])
         experts = self.table[torch.where(known, token_ids, 0).long()]  # [tokens, top_k]
-        chosen = experts.long()
         experts = torch.where(known.unsqueeze(1), experts, -1)
-        if self.score == "uniform":
-            logits = x.new_zeros(x.shape[0], self.num_experts, dtype=torch.promote_types(x.dtype, torch.float32))
-            weights = torch.full_like(logits[:, : self.top_k], self.scale / self.top_k)
-        else:
-            logits = self.logits(x)
-            scores = _scored(logits, self.score).gather(1, chosen)
-            weights = scores / (scores.sum(1, keepdim=True) + 1e-20) * self.scale
+        logits = self.scores(x)
+        weights = self.weigh(logits, experts)
         if not statistics["stats"]:
             return weights, experts
         score = "softmax" if self.score == "uniform" else self.score

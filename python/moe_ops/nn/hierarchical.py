@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import checks, module_checks, ops
+from moe_ops import checks, module_checks, ops, reference
 from moe_ops.nn.router_base import LinearRouter, linear, segment_counts
 from moe_ops.types import RouteResult
 
@@ -29,6 +29,8 @@ class HierarchicalRouter(LinearRouter):
     Statistics: mean_prob is that of the product of both softmaxes over all experts, logsumexp that of the logits of
     both gates together. Experts stand by group, the best group first.
     """
+
+    scores_by = "gates"
 
     def __init__(
         self,
@@ -71,11 +73,26 @@ class HierarchicalRouter(LinearRouter):
         """Refused: top_k is that of the groups."""
         raise ValueError(f"{type(self).__name__}: top_k must stay {self.top_k}, got {top_k}")
 
-    def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of both gates: x [..., hidden] -> [tokens, groups], [tokens, groups, num_experts / groups]."""
         x = self.seen(x)
+        by_group = (self.num_groups, self.num_experts // self.num_groups)
+        return linear(x, self.group_weight), linear(x, self.weight, self.bias).unflatten(1, by_group)
+
+    def weigh(self, scores: tuple[Tensor, Tensor], experts: Tensor) -> Tensor:
+        """As in RouterBase, from what gates returns; experts of one group stand together."""
+        of_group, of_expert = scores
         held, each = self.num_experts // self.num_groups, self.top_k // self.top_groups
-        of_group = linear(x, self.group_weight)  # [tokens, groups]
-        of_expert = linear(x, self.weight, self.bias).unflatten(1, (self.num_groups, held))  # [tokens, groups, held]
+        experts = experts.long().clamp(min=0).unflatten(1, (self.top_groups, each))
+        group = experts[:, :, 0] // held  # [tokens, top_groups]
+        inside = of_expert.gather(1, group.unsqueeze(2).expand(-1, -1, held)).flatten(0, 1)
+        of_groups = reference.weigh(of_group, group, score=self.score)
+        within = reference.weigh(inside, (experts % held).flatten(0, 1), score=self.score)
+        return (of_groups.unsqueeze(2) * within.view(experts.shape)).flatten(1)
+
+    def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
+        held, each = self.num_experts // self.num_groups, self.top_k // self.top_groups
+        of_group, of_expert = self.gates(x)
         group_weights, group = ops.route(of_group, self.top_groups, score=self.score)  # [tokens, top_groups]
         index = group.long().unsqueeze(2).expand(-1, -1, held)
         inside = of_expert.gather(1, index).flatten(0, 1)  # [tokens · top_groups, held]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import ops
+from moe_ops import ops, reference
 from moe_ops.nn.router_base import LinearRouter, linear
 from moe_ops.types import NoisyRouteResult
 
@@ -24,6 +24,8 @@ class NoisyTopKRouter(LinearRouter):
 
     noise_weight starts at zero, a deviation of log 2; `init.even_` has the paper's beginning of weight as well.
     """
+
+    scores_by = "noisy_logits"
 
     def __init__(
         self,
@@ -45,13 +47,21 @@ class NoisyTopKRouter(LinearRouter):
         super().reset_parameters()
         torch.nn.init.zeros_(self.noise_weight)
 
-    def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
+    def noisy_logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits without noise, H(x), and the noise's deviation (None in evaluation), all [tokens, num_experts]."""
         x = self.seen(x)
-        clean = noisy = linear(x, self.weight, self.bias)  # [tokens, experts]
-        deviation = None
-        if self.training:
-            deviation = torch.nn.functional.softplus(linear(x, self.noise_weight))
-            noisy = clean + torch.randn_like(clean) * deviation
+        clean = linear(x, self.weight, self.bias)
+        if not self.training:
+            return clean, clean, None
+        deviation = torch.nn.functional.softplus(linear(x, self.noise_weight))
+        return clean, clean + torch.randn_like(clean) * deviation, deviation
+
+    def weigh(self, scores: tuple[Tensor, Tensor, Tensor | None], experts: Tensor) -> Tensor:
+        """As in RouterBase, from what noisy_logits returns; its noise is drawn anew in every call."""
+        return reference.weigh(scores[1], experts, score="softmax_selected")
+
+    def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
+        clean, noisy, deviation = self.noisy_logits(x)
         result: Any = ops.route(noisy, self.top_k, score="softmax_selected", **statistics)
         if not statistics["stats"]:
             return result

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops import checks, module_checks, ops
+from moe_ops import checks, module_checks, ops, reference
 from moe_ops.nn.router_base import LinearRouter
 
 
@@ -29,6 +29,7 @@ class Router(LinearRouter):
     """
 
     selection_bias: Tensor | None
+    scores_by = "logits"
 
     def __init__(
         self,
@@ -90,6 +91,12 @@ class Router(LinearRouter):
     def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         options = {**self.options, "selection_bias": self.selection_bias, "expert_scale": self.expert_scale}
         return ops.route(self.logits(x), self.top_k, **options, **statistics)
+
+    def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """As in RouterBase, from logits [tokens, num_experts]."""
+        names = ("score", "renormalize", "eps", "p", "scale", "softcap")
+        options = {name: self.options[name] for name in names}
+        return reference.weigh(scores, experts, expert_scale=self.expert_scale, **options)
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, rate: float) -> None:

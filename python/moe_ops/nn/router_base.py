@@ -43,10 +43,12 @@ class RouterBase(torch.nn.Module):
         hidden, num_experts, top_k: sizes; top_k is what a token gets, on the mean in expert choice.
         token_choice: whether tokens choose experts; else experts choose tokens, and `plan` says which.
         causal: whether a token's experts depend on no later token. Where not, a language model cannot decode with it.
+        scores_by: the name of the method that scores tokens, whose result `weigh` takes; None where there is no weigh.
     """
 
     token_choice = True
     causal = True
+    scores_by: str | None = None
     hidden: int
     num_experts: int
     top_k: int
@@ -101,6 +103,18 @@ class RouterBase(torch.nn.Module):
     @abstractmethod
     def _route(self, x: Tensor, token_ids: Tensor | None, statistics: dict[str, Any]) -> Any:
         """forward for tokens [tokens, hidden]; statistics are the options stats, segments, num_segments of route."""
+
+    def weigh(self, scores: Any, experts: Tensor) -> Tensor:
+        """The weights of experts that were chosen before, for scores of the moment, with gradients.
+
+        Args:
+            scores: what the method named by scores_by returns for the tokens.
+            experts: [tokens, k] int32, as forward returned them.
+
+        Returns:
+            weights [tokens, k]; what they are where an id is none of an expert is not said, but it is finite.
+        """
+        raise TypeError(f"{type(self).__name__}.weigh: the weights of this router depend on how it chose")
 
     def set_top_k(self, top_k: int) -> None:
         """Another top_k from now on, where the router has no other size that depends on it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import functional, ops
-from moe_ops.integrations.transformers import experts, gates
+from moe_ops.integrations.transformers import choice, experts, gates
 
 
 def llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,6 +17,7 @@ def llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     scores, logits = self.router(x)  # [T, E], zero where not chosen
     weights, ids = scores.topk(self.top_k, dim=-1)
     parts = self.experts
+    choice.tell(self, ids, logits.shape[1])
     w_in, w_out = parts.gate_up_proj.transpose(1, 2), parts.down_proj.transpose(1, 2)
     said = _gated(parts)
     y = self.shared_expert(x)
@@ -25,6 +26,7 @@ def llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 def longcat(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts: ids from num_routed_experts on are the identity, which is one factor per token."""
+    choice.tell(self, top_k_index, self.total_experts)
     zero = top_k_index >= self.num_routed_experts
     factor = torch.where(zero, top_k_weights, torch.zeros_like(top_k_weights)).sum(dim=-1, keepdim=True)
     y = hidden_states * factor
@@ -40,6 +42,7 @@ def jetmoe(self: Any, layer_input: Tensor) -> Tensor:
     x = layer_input.reshape(-1, self.input_size)
     logits = self.router(x)[-1]
     weights, ids = ops.route(logits, self.router.top_k, score="softmax_selected")
+    choice.tell(self, ids, logits.shape[1])
     said = _gated(self, "activation")
     y = functional.moe_mlp(x, weights, ids, self.input_linear.weight, self.output_linear.weight, **said)
     return y.view(layer_input.shape) + self.bias
@@ -47,6 +50,7 @@ def jetmoe(self: Any, layer_input: Tensor) -> Tensor:
 
 def step3p7(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts, as a plug-in would be."""
+    choice.tell(self, top_k_index, len(self.down_proj))
     said = gates.options(self, has_gate=True)
     operands = (hidden_states, top_k_weights, top_k_index, self.gate_up_proj, self.down_proj)
     if said is not None:

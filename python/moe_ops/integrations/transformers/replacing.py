@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moe_ops import checks
-from moe_ops.integrations.transformers import forwards, require, stacked
+from moe_ops.integrations.transformers import choice, forwards, require, stacked
 from moe_ops.integrations.transformers.report import Report
 
 Forward = Callable[..., Any]
@@ -53,7 +53,7 @@ def replace(model: torch.nn.Module) -> Report:
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
         kind = type(module).__name__
-        if isinstance(module, stacked.Stacked) or vars(module).get("_moe_ops_replaced"):
+        if choice.LISTENERS in vars(module):
             report.left[name] = "was replaced before"
         elif hasattr(module, "_is_expert_parallel"):
             report.left[name] = "is a plug-in: model.set_experts_implementation('moe_ops') after enable()"
@@ -64,7 +64,7 @@ def replace(model: torch.nn.Module) -> Report:
             elif kind in FORWARDS:
                 forward, what = FORWARDS[kind]
                 module.forward = functools.partial(forward, module)  # a bound method would not unpickle
-                module._moe_ops_replaced = True
+                setattr(module, choice.LISTENERS, [])
                 report.replaced[name] = what
             else:
                 swap, what = STACKED[kind]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import functional
-from moe_ops.integrations.transformers import experts, gates
+from moe_ops.integrations.transformers import choice, experts, gates
 
 
 class Stacked(torch.nn.Module):
@@ -26,9 +26,11 @@ class Stacked(torch.nn.Module):
         super().__init__()
         for name, value in {"w_in": w_in, "w_out": w_out, "b_in": b_in, "b_out": b_out}.items():
             self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
+        setattr(self, choice.LISTENERS, [])
         self.act_fn, self.dropout, self.token_dropout = act, 0.0, 0.0
 
     def apply_experts(self, x: Tensor, weights: Tensor, ids: Tensor, gated: bool) -> Tensor:
+        choice.tell(self, ids, len(self.w_in))
         said = gates.of_activation(self, "act_fn")
         drops = self.training and (self.dropout > 0 or self.token_dropout > 0)
         if said is not None and not drops:

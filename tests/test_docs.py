@@ -1,0 +1,36 @@
+"""The Python examples of docs/routing.md and of the README, run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("path, most", [("docs/routing.md", 9), ("README.md", 2)])
+def test_examples_run(path, most, capsys):
+    """In their order, in one namespace; of the README those before transformers, which needs a model to load."""
+    if not (ROOT / path).exists():
+        pytest.skip("the documents are not there")
+    torch.manual_seed(0)
+    names = {}
+    found = blocks(path)[:most]
+    assert found
+    for block in found:
+        exec(compile(block, path, "exec"), names)
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_sources_of_formulas_have_numbers_of_papers():
+    """Every arXiv number in the sources and documents is one: year, month and five digits."""
+    texts = [*ROOT.glob("python/moe_ops/**/*.py"), *ROOT.glob("docs/*.md")]
+    numbers = {number for path in texts for number in re.findall(r"arXiv:(\S+?)[,;:).|\s]", path.read_text())}
+    assert len(numbers) > 20
+    for number in numbers:
+        assert re.fullmatch(r"[12]\d(0[1-9]|1[0-2])\.\d{5}", number), number
