@@ -1,6 +1,6 @@
 """Writes what was tested of transformers' families into docs/transformers.md and docs/routing.md, from the results.
 
-pytest tests/test_transformers*.py --junitxml=results.xml -o junit_family=xunit1
+pytest --long tests/test_transformers*.py --junitxml=results.xml -o junit_family=xunit1
 python tests/family_table.py results.xml docs/transformers.md docs/routing.md
 """
 

@@ -5,7 +5,7 @@ import torch
 
 from accuracy import assert_as_accurate
 from transformers_families import experts_classes, module_of
-from transformers_models import Permissive, draw
+from transformers_models import Permissive, draw, one_thread
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
 
@@ -18,6 +18,8 @@ TWO_PRODUCTS = {"Inkling2Experts", "Inkling2LoopExperts", "MuseSparkExperts"}  #
 @pytest.fixture(autouse=True)
 def enabled():
     enable()
+    with one_thread():
+        yield
 
 
 def run(experts, implementation, x, chosen, weights, gradient):

@@ -6,13 +6,28 @@ import pickle
 import pytest
 import torch
 
-from transformers_models import assert_bfloat16, assert_same, draw, greedy_text, ids, logits_and_gradients, tiny_model
+from transformers_models import (
+    assert_bfloat16,
+    assert_same,
+    draw,
+    greedy_text,
+    ids,
+    logits_and_gradients,
+    one_thread,
+    tiny_model,
+)
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
 
 from moe_ops.integrations.transformers import enable, replace
 
 TOLERANCE = 5e-6
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with one_thread():
+        yield
 
 
 FAMILIES = ["dbrx", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"]
