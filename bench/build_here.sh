@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles the libraries in place (python/moe_ops) for the card of this machine, with g++, nvcc and torch's headers alone:
-# what CMakeLists.txt does, for a machine without cmake, ninja or pybind11, and for one architecture.
+# Compiles the libraries in place (python/moe_ops) for the card of this machine, with g++, nvcc and torch's headers
+# alone: what CMakeLists.txt does, for a machine without cmake, ninja or pybind11, and for one architecture.
 # Usage: bench/build_here.sh [architecture]     by default torch's device 0, as in 80 or 90a
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,17 +12,14 @@ import sysconfig, torch
 print(torch.__path__[0], torch.__version__, sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_paths()["include"])
 PY
 )
-if [ $# -gt 0 ]; then
-  arch=$1
-else
-  arch=$($python -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')
-fi
+arch=${1:-$("$python" bench/architecture.py)}
 nvcc=${CUDACXX:-${CUDA_HOME:+$CUDA_HOME/bin/}nvcc}
 nvcc=$(command -v "$nvcc" || command -v /usr/local/cuda/bin/nvcc)
 release=$($nvcc --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
 toolkit=$($nvcc --dryrun x.cu 2>&1 | sed -n 's/^#\$ TOP=//p')
-cudart=$(find -L "$toolkit/lib64" "$toolkit/lib" "$toolkit/targets" -name "libcudart.so.${release%%.*}" 2> /dev/null | head -1)
-[ -n "$cudart" ] || { echo "no libcudart.so.${release%%.*} was found beside $nvcc" >&2; exit 1; }
+runtime=libcudart.so.${release%%.*}
+cudart=$(find -L "$toolkit/lib64" "$toolkit/lib" "$toolkit/targets" -name "$runtime" 2> /dev/null | head -1)
+[ -n "$cudart" ] || { echo "no $runtime was found beside $nvcc" >&2; exit 1; }
 headers=$(dirname "$(find -L "$toolkit/include" "$toolkit/targets" -name cuda_runtime.h 2> /dev/null | head -1)")
 built="sm_$arch"
 
@@ -45,7 +42,9 @@ for source in "${launches[@]}"; do
   object "launch_$(basename "$source" .cu)" "$nvcc" -std=c++20 -O3 -gencode "arch=compute_$arch,code=sm_$arch" \
     -Xcompiler -fPIC,-fvisibility=hidden -Icsrc -Icsrc/cuda "$source"
 done
-isa() { object "isa_$1" "${cxx[@]}" "${contract[@]}" -DMOE_ISA="$1" -DMOE_VECTOR_BYTES="$2" "${@:3}" csrc/cpu/isa/kernels.cpp; }
+isa() {
+  object "isa_$1" "${cxx[@]}" "${contract[@]}" -DMOE_ISA="$1" -DMOE_VECTOR_BYTES="$2" "${@:3}" csrc/cpu/isa/kernels.cpp
+}
 isa portable 16
 if [ "$(uname -m)" = x86_64 ]; then
   isa avx2 32 "${avx2[@]}"
@@ -54,8 +53,8 @@ if [ "$(uname -m)" = x86_64 ]; then
 fi
 object library "${cxx[@]}" "${stable[@]}" csrc/ops/library.cpp
 for source in isa roof scratch; do
-  object "kernels_$source" "${cxx[@]}" "${stable[@]}" -Icsrc/cpu "${sets[@]/#/-DMOE_HAS_}" '-DMOE_BF16_FEATURE="avx512bf16"' \
-    "csrc/cpu/$source.cpp"
+  object "kernels_$source" "${cxx[@]}" "${stable[@]}" -Icsrc/cpu "${sets[@]/#/-DMOE_HAS_}" \
+    '-DMOE_BF16_FEATURE="avx512bf16"' "csrc/cpu/$source.cpp"
 done
 for source in csrc/cpu/*.cpp; do
   case $(basename "$source" .cpp) in isa | roof | scratch) continue ;; esac
@@ -72,11 +71,13 @@ object device "${cxx[@]}" "${stable[@]}" "${cuda[@]}" -DUSE_CUDA csrc/cuda/devic
 object module "${cxx[@]}" -isystem "$torch/include" -isystem "$include" "-DMOE_BUILT_WITH_TORCH=\"$version\"" \
   '-DMOE_BUILT_FOR_TORCH="2.10"' "-DMOE_BUILT_BY=\"GNU $(g++ -dumpfullversion), bench/build_here.sh\"" \
   "-DMOE_BUILT_FOR_MACHINE=\"$(uname -s) $(uname -m)\"" "-DMOE_BUILT_FOR_CPU=\"${sets[*]}\"" \
-  "-DMOE_BUILT_FOR_CUDA=\"$built\"" "-DMOE_BUILT_WITH_CUDA=\"$release\"" '-DMOE_BUILT_WITH_SANITIZERS=""' csrc/python/module.cpp
+  "-DMOE_BUILT_FOR_CUDA=\"$built\"" "-DMOE_BUILT_WITH_CUDA=\"$release\"" '-DMOE_BUILT_WITH_SANITIZERS=""' \
+  csrc/python/module.cpp
 xargs -P "$jobs" -d '\n' -n 1 bash -c < "$list"
 
 # torch's CUDA library as far as it is used: the one that is there at run time is loaded already.
-echo 'extern "C" __attribute__((visibility("default"))) void aoti_torch_get_current_cuda_stream() {}' > "$work/torch_cuda.cpp"
+visible='extern "C" __attribute__((visibility("default")))'
+echo "$visible void aoti_torch_get_current_cuda_stream() {}" > "$work/torch_cuda.cpp"
 g++ -shared -fPIC "$work/torch_cuda.cpp" -o "$work/libtorch_cuda.so" -Wl,-soname,libtorch_cuda.so
 link=(g++ -shared "-Wl,-rpath,\$ORIGIN:\$ORIGIN/../torch/lib:$torch/lib" "-L$out" "-L$work")
 cd "$work"
@@ -84,6 +85,6 @@ cd "$work"
 "${link[@]}" kernels_*.o isa_*.o "$torch/lib/libtorch_cpu.so" -o "$out/libmoe_ops_cpu_kernels.so"
 "${link[@]}" cpu_*.o op_cpu_*.o -lmoe_ops_cpu_kernels "$torch/lib/libtorch_cpu.so" -o "$out/libmoe_ops_cpu.so"
 "${link[@]}" module.o -lmoe_ops_cpu_kernels "$torch/lib/libtorch_cpu.so" -o "$out/_C$abi"
-"${link[@]}" "-Wl,-rpath,$(dirname "$cudart")" -Wl,-z,defs launch_*.o device.o op_cuda_*.o "$torch/lib/libtorch_cpu.so" \
-  -ltorch_cuda "$cudart" -o "$out/libmoe_ops_cuda.so"
+"${link[@]}" "-Wl,-rpath,$(dirname "$cudart")" -Wl,-z,defs launch_*.o device.o op_cuda_*.o \
+  "$torch/lib/libtorch_cpu.so" -ltorch_cuda "$cudart" -o "$out/libmoe_ops_cuda.so"
 echo "built for $built in ${out#"$root"/}"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One call for a card: builds, tests, runs compute-sanitizer on a part, times against what else is there, and writes
-# bench/results/<gpu>.md and .json with predicted times beside the measured ones. Needs a GPU, nvcc and torch; no network, and
-# nothing prepared. What is missing is said and passed over. Ends within ten minutes: every step has a share of them.
+# bench/results/<gpu>.md and .json with predicted times beside the measured ones. Needs a GPU, nvcc and torch; no
+# network, and nothing prepared. What is missing is said and passed over. Ends within ten minutes: every step has a
+# share of them.
 # Usage: bench/gpu_check.sh        GPU_CHECK_SECONDS=600, PYTHON=python3, GPU_CHECK_RESULTS=bench/results
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -19,9 +20,11 @@ pass_over() {
   say "$1: passed over: $2"
   note "$1" "not run" "$2"
 }
-has_module() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null; }
+has_module() {
+  "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2> /dev/null
+}
 
-# step NAME SECONDS COMMAND...: at most so long, and never beyond the budget; a failure is noted, and the next step runs.
+# step NAME SECONDS COMMAND...: at most so long, and never beyond the budget. A failure is noted; the next step runs.
 step() {
   local name=$1 most=$2 limit begun=$SECONDS log status outcome
   shift 2
@@ -62,8 +65,8 @@ if ! command -v "$python" > /dev/null; then
   echo "there is no $python: nothing can be run. PYTHON names one that has torch"
   exit 1
 fi
-if ! torch=$("$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available())' \
-  2> "$logs/torch"); then
+about='import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.is_available())'
+if ! torch=$("$python" -c "$about" 2> "$logs/torch"); then
   echo "torch cannot be imported: $(tail -n 1 "$logs/torch"). PYTHON names the interpreter that has it"
   exit 1
 fi
@@ -80,7 +83,7 @@ esac
 
 arch=""
 if [ -n "$sees_gpu" ]; then
-  arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')
+  arch=$("$python" bench/architecture.py)
 fi
 if [ -z "$nvcc" ]; then
   pass_over build "there is no nvcc (CUDACXX names one)"
@@ -88,7 +91,8 @@ elif [ -z "$sees_gpu" ]; then
   pass_over build "torch sees no GPU, so that there is nothing to build for"
 elif [ "$(command -v cmake)" ] && [ "$(command -v ninja)" ] && has_module pybind11 &&
   step configure 40 cmake -G Ninja -S . -B build/gpu_check -DMOE_OPS_CUDA=ON -DCMAKE_CUDA_COMPILER="$nvcc" \
-    -DCMAKE_CUDA_ARCHITECTURES="$arch-real" -DPython_EXECUTABLE="$(command -v "$python")" -DCMAKE_INSTALL_PREFIX="$PWD/python"; then
+    -DCMAKE_CUDA_ARCHITECTURES="$arch-real" -DPython_EXECUTABLE="$(command -v "$python")" \
+    -DCMAKE_INSTALL_PREFIX="$PWD/python"; then
   step build 240 ninja -C build/gpu_check install
 else
   step build 240 bench/build_here.sh "$arch"
@@ -101,9 +105,10 @@ elif [ -z "$sees_gpu" ]; then
 else
   step diagnosis 60 "$python" -m moe_ops
   if has_module pytest && has_module hypothesis; then
-    step "tests on the device" $((($(left) - 200) / 2)) "$python" -m pytest -q --maxfail 20 --device cuda -p no:cacheprovider \
+    pytest=("$python" -m pytest -q -p no:cacheprovider)
+    step "tests on the device" $((($(left) - 200) / 2)) "${pytest[@]}" --maxfail 20 --device cuda \
       tests/test_{route,plan,permute,combine,grouped_gemm,moe_mlp}.py
-    [ -d tests/gpu ] && step "tests of the stages" $(($(left) > 260 ? 90 : 30)) "$python" -m pytest -q -p no:cacheprovider tests/gpu
+    [ -d tests/gpu ] && step "tests of the stages" $(($(left) > 260 ? 90 : 30)) "${pytest[@]}" tests/gpu
   else
     pass_over tests "pytest or hypothesis is not installed; the diagnosis has checked every operator"
   fi
@@ -120,8 +125,8 @@ else
   shares=(45 40 35 50 60 100)
   for i in "${!benches[@]}"; do
     verb=${benches[i]}
-    step "bench $verb" $((($(left) - 8) * shares[i] / 100)) "$python" bench/bench_"$verb".py --device cuda --dtype bfloat16 \
-      --seconds 0.8 --json "$logs/bench_$verb.json"
+    step "bench $verb" $((($(left) - 8) * shares[i] / 100)) "$python" bench/bench_"$verb".py --device cuda \
+      --dtype bfloat16 --seconds 0.8 --json "$logs/bench_$verb.json"
   done
 fi
 report

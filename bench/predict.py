@@ -1,7 +1,7 @@
 """Predicts the time of each stage on a named card: from the bytes and FLOPs that it must move and do, the tiles that
 they are cut into, the waves of blocks, and the launches. Nothing here was measured.
 
-    python bench/roofline.py --card h100-sxm --shape qwen3-30b
+    python bench/predict.py --card h100-sxm --shape qwen3-30b
 """
 
 from __future__ import annotations
@@ -160,3 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{shape}  {args.dtype}")
         for stage, seconds in stages(card, shape, 4 if args.dtype == "float32" else 2).items():
             print(f"  {stage:30} predicted {seconds * 1e6:10.1f} us")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,4 @@
-"""What a stage must at least compute and move, and the time the machine's measured roofs allow for it. As a program it
-prints what predict.py makes of that for a named card.
+"""What a stage must at least compute and move, and the time the machine's measured roofs allow for it.
 
 Bytes are those of a perfect run: every operand is read once, every result written once, and nothing is kept in a cache
 from an earlier launch. A variant that moves more is not excused: its fraction of the roof is lower.
@@ -169,9 +168,3 @@ def dense(s: Shape, size: int, training: bool = False) -> Work:
         return forward
     kept = s.rows * pre_width(s)
     return forward + Work(2 * flops, (kept + 2 * tokens + weights) * size, (kept + tokens + weights) * size)
-
-
-if __name__ == "__main__":
-    from predict import main
-
-    main()

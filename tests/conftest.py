@@ -17,6 +17,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: needs minutes or many GiB of memory; run with --long")
     config.addinivalue_line("markers", "long_emulated: needs minutes on the emulator; run with --long there")
+    config.addinivalue_line("markers", "long_on_card: takes many GiB of a GPU's memory; run with --long there")
     config.addinivalue_line("markers", "float64: needs float64, which is supported on the CPU only")
     config.addinivalue_line("markers", "on_device: set on every test whose tensors live on the device under test")
     wanted = config.getoption("--device")
@@ -42,8 +43,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("on_device")
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="long; run with --long")
+        long = {"long", {"simt": "long_emulated", "cuda": "long_on_card"}.get(config.getoption("--device"), "long")}
         for item in items:
-            if "long" in item.keywords or ("long_emulated" in item.keywords and config.getoption("--device") == "simt"):
+            if not long.isdisjoint(item.keywords):
                 item.add_marker(skip)
     if config.getoption("--device") != "cpu":
         skip = pytest.mark.skip(reason="float64 is supported on the CPU only")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
+from calls import combine
 from cases import (
     DTYPES,
     NAN,
@@ -25,15 +26,6 @@ from cases import (
     seeded,
     some_dropped,
 )
-
-
-def combine(ids, experts, **options):
-    """A call for compare: combine by the plan of ids, with weights or without."""
-
-    def call(api, rows, weights=None):
-        return api.combine(rows, weights, api.plan(place(ids, rows.device), experts, **options))
-
-    return call
 
 
 @every_case

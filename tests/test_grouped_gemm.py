@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import moe_ops
 from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place, run
+from calls import GEMM, gathered, product
 from cases import (
     DTYPES,
     LOW,
@@ -25,30 +26,9 @@ from cases import (
 )
 from moe_ops import reference
 
-ALL = ("a", "w", "bias")
-
 
 def offsets_of(counts):
     return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def product(offsets):
-    """A call for compare."""
-
-    def call(api, a, w, bias=None):
-        return api.grouped_gemm(a, w, place(offsets, a.device), bias=bias)
-
-    return call
-
-
-def gathered(ids, experts):
-    """The same through a plan: a is x, and row r reads its token."""
-
-    def call(api, a, w, bias=None):
-        plan = api.plan(place(ids, a.device), experts)
-        return api.grouped_gemm(a, w, plan.offsets, bias=bias, gather=plan)
-
-    return call
 
 
 @every_case
@@ -63,7 +43,7 @@ def test_values_and_gradients(case, dtype, gather, device, instruction_set):
         "bias": integers(case.experts, case.inner, dtype=dtype, seed=2),
     }
     call = gathered(ids, case.experts) if gather else product(reference.plan(ids, case.experts).offsets)
-    compare(call, tensors, device, ALL, exact=True)
+    compare(call, tensors, device, GEMM, exact=True)
 
 
 # Row counts, N and K beside the sizes of tiles and vectors.
@@ -88,7 +68,7 @@ def test_accuracy(dtype, counts, n, k, device, instruction_set):
         "bias": randn(len(counts), n, dtype=dtype, seed=2),
     }
     gradients = {"result": randn(sum(counts) + 3, n, seed=3)}
-    compare(product(offsets), tensors, device, ALL, gradients=gradients)
+    compare(product(offsets), tensors, device, GEMM, gradients=gradients)
 
 
 @every_dtype
@@ -100,7 +80,7 @@ def test_thin_shapes(dtype, n, k, device, instruction_set):
         "w": integers(7, n, k, dtype=dtype, seed=1, limit=1),
         "bias": integers(7, n, dtype=dtype, seed=2),
     }
-    compare(product(offsets_of([3, 4, 7, 8, 9, 12, 14])), tensors, device, ALL, exact=True)
+    compare(product(offsets_of([3, 4, 7, 8, 9, 12, 14])), tensors, device, GEMM, exact=True)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -115,7 +95,7 @@ def test_float32_weights_under_low_tokens(dtype, gather, device, instruction_set
     }
     call = gathered(ids, 5) if gather else product(reference.plan(ids, 5).offsets)
     gradients = {"result": randn(60, 24, seed=3)}
-    out = compare(call, tensors, device, ALL, gradients=gradients)
+    out = compare(call, tensors, device, GEMM, gradients=gradients)
     assert out["grad w"].dtype == torch.float32 and out["grad bias"].dtype == torch.float32
     rounded = compare(call, tensors, device)["result"]
     again = compare(call, tensors | {"w": tensors["w"].to(dtype)}, device)["result"]
@@ -135,9 +115,9 @@ def test_layouts(layout, dtype, gather, device, instruction_set):
         "bias": integers(5, 7, dtype=dtype, seed=2),
     }
     call = gathered(ids, 5) if gather else product(reference.plan(ids, 5).offsets)
-    plain = compare(call, tensors, device, ALL, exact=True)
+    plain = compare(call, tensors, device, GEMM, exact=True)
     moved = {name: layout(t) for name, t in tensors.items()}
-    ours = compare(call, moved, device, ALL, exact=True, grad_layout=layout)
+    ours = compare(call, moved, device, GEMM, exact=True, grad_layout=layout)
     for name in plain:
         assert_bitwise_equal(ours[name], plain[name], name)
 
@@ -153,7 +133,7 @@ def test_expanded_inputs_and_gradient(expand, dtype, device, instruction_set):
     }
     gradients = {"result": expand(integers(20, 7, seed=3).double())}
     call = product(offsets_of([4, 0, 11]))
-    compare(call, tensors, device, ALL, exact=True, gradients=gradients, grad_layout=expand)
+    compare(call, tensors, device, GEMM, exact=True, gradients=gradients, grad_layout=expand)
 
 
 @pytest.mark.parametrize("needs", [("a",), ("w",), ("bias",), ("a", "w"), ("a", "bias"), ("w", "bias")])
@@ -177,7 +157,7 @@ def test_each_subset_of_gradients(needs, device, instruction_set):
 def test_wrong_offsets_stay_in_their_buffers(offsets, device, instruction_set):
     """Read from 0, clamped to 0..R and non-decreasing, whatever they say."""
     tensors = {"a": integers(20, 10), "w": integers(3, 7, 10, seed=1), "bias": integers(3, 7, seed=2)}
-    compare(product(torch.tensor(offsets, dtype=torch.int32)), tensors, device, ALL, exact=True)
+    compare(product(torch.tensor(offsets, dtype=torch.int32)), tensors, device, GEMM, exact=True)
 
 
 def test_no_experts_no_rows_no_columns(device, instruction_set):
@@ -246,7 +226,7 @@ def test_any_number_of_threads_and_run_to_run(dtype, device, threads, instructio
     results = []
     for count in (1, 2, 3, 3):
         torch.set_num_threads(count)
-        results.append(compare(gathered(ids, 9), tensors, device, ALL, gradients=gradients))
+        results.append(compare(gathered(ids, 9), tensors, device, GEMM, gradients=gradients))
     for other in results[1:]:
         for name in other:
             assert_bitwise_equal(other[name], results[0][name], name)

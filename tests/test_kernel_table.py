@@ -46,7 +46,7 @@ def test_the_main_loop_is_the_innermost_one_that_multiplies():
 
 
 def test_template_arguments():
-    from kernel_table import split_arguments
+    from kernel_launches import split_arguments
 
     assert split_arguments("A, B<c, d>, (int)4>(P)") == ("A", "B<c, d>", "4")
     assert split_arguments("") == ()
@@ -89,6 +89,6 @@ def test_the_check_tells_what_has_changed(library, tmp_path, capsys):
 
 
 def test_every_kernel_has_a_launch():
-    from kernel_table import LAUNCHES, read_templates
+    from kernel_launches import LAUNCHES, read_templates
 
     assert set(read_templates()) == set(LAUNCHES)

@@ -1,7 +1,7 @@
 """More than 2**31 elements: an offset held in 32 bits would wrap.
 
-Tensors whose entries lie far apart need address space alone, as pages that nobody touches take no memory. What fills
-such a tensor is marked long.
+Tensors whose entries lie far apart need address space alone on a host, where pages that nobody touches take no memory.
+What fills such a tensor is marked long. A GPU has no such pages: there all of this is long.
 """
 
 import pytest
@@ -9,15 +9,12 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
+from calls import GEMM, MLP, combine, exact_tensors, moe_mlp, permute, product
 from cases import Case, integers
-from test_combine import combine
-from test_grouped_gemm import ALL as GEMM
-from test_grouped_gemm import product
-from test_moe_mlp import ALL as MLP
-from test_moe_mlp import exact_tensors, moe_mlp
-from test_permute import permute
 
 STEP = 2**31 + 64  # elements
+
+pytestmark = pytest.mark.long_on_card
 
 
 # ---- far apart in memory --------------------------------------------------------------------------------------------

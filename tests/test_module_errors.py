@@ -5,9 +5,9 @@ import inspect
 import pytest
 import torch
 
+from arguments import ACTIVATION, FLOAT, ID, ON_CPU, POLICY, SCORE, H, a_plan, elsewhere, half, ints, zeros
 from cases import INF, NAN
 from moe_ops import RouteResult, losses, nn
-from test_errors import ACTIVATION, FLOAT, ID, ON_CPU, POLICY, SCORE, H, a_plan, elsewhere, half, ints, zeros
 
 T, E, K, INNER = 3, 4, 2, 5
 COUNTS, PROB = ints(1, E), zeros(1, E)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import moe_ops
 from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
+from calls import GPT_OSS, MLP, exact_tensors, moe_mlp, random_tensors
 from cases import (
     DTYPES,
     INF,
@@ -23,7 +24,6 @@ from cases import (
     input_layouts,
     integers,
     layouts,
-    powers,
     randn,
     same_rows,
     seeded,
@@ -31,45 +31,7 @@ from cases import (
 )
 from moe_ops import reference
 
-ALL = ("x", "weights", "w_in", "w_out", "b_in", "b_out")
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-GPT_OSS = {"activation": "silu", "alpha": 1.702, "limit": 7.0, "up_offset": 1.0, "layout": "interleaved"}
-
-
-def moe_mlp(ids, **options):
-    """A call for compare."""
-
-    def call(api, x, weights, w_in, w_out, b_in=None, b_out=None):
-        return api.moe_mlp(x, weights, place(ids, x.device), w_in, w_out, b_in=b_in, b_out=b_out, **options)
-
-    return call
-
-
-def exact_tensors(case, dtype=torch.float32, gated=True, seed=0):
-    """Whole numbers, so that with relu every step is exact in float32."""
-    wide = case.inner * (2 if gated else 1)
-    e, h, i = case.experts, case.hidden, case.inner
-    return {
-        "x": integers(case.tokens, h, dtype=dtype, seed=seed, limit=1),
-        "weights": powers(case.tokens, case.top_k, seed=seed + 1),
-        "w_in": integers(e, wide, h, dtype=dtype, seed=seed + 2, limit=1),
-        "w_out": integers(e, h, i, dtype=dtype, seed=seed + 3, limit=1),
-        "b_in": integers(e, wide, dtype=dtype, seed=seed + 4, limit=1),
-        "b_out": integers(e, h, dtype=dtype, seed=seed + 5, limit=1),
-    }
-
-
-def random_tensors(case, dtype=torch.float32, gated=True, weight_dtype=None, bias_scale=0.5):
-    wide = case.inner * (2 if gated else 1)
-    e, h, i, weight_dtype = case.experts, case.hidden, case.inner, weight_dtype or dtype
-    return {
-        "x": randn(case.tokens, h, dtype=dtype),
-        "weights": torch.rand(case.tokens, case.top_k, generator=seeded(1)),
-        "w_in": randn(e, wide, h, dtype=weight_dtype, seed=2, scale=2 * h**-0.5),
-        "w_out": randn(e, h, i, dtype=weight_dtype, seed=3, scale=2 * i**-0.5),
-        "b_in": randn(e, wide, dtype=weight_dtype, seed=4, scale=bias_scale),
-        "b_out": randn(e, h, dtype=weight_dtype, seed=5, scale=bias_scale),
-    }
 
 
 MEDIUM = Case("medium", tokens=50, experts=6, top_k=3, hidden=48, inner=40, choose=some_dropped)
@@ -81,7 +43,7 @@ MEDIUM = Case("medium", tokens=50, experts=6, top_k=3, hidden=48, inner=40, choo
 def test_every_case(case, dtype, weight_on, device, instruction_set):
     call = moe_mlp(case.ids(), activation="relu", weight_on=weight_on)
     tensors = exact_tensors(case, dtype)
-    compare(call, tensors, device, ALL, exact=dtype not in LOW)
+    compare(call, tensors, device, MLP, exact=dtype not in LOW)
 
 
 @every_dtype
@@ -90,7 +52,7 @@ def test_every_case(case, dtype, weight_on, device, instruction_set):
 def test_activations(activation, gated, dtype, device, instruction_set):
     call = moe_mlp(MEDIUM.ids(), activation=activation, gated=gated)
     gradients = {"result": randn(50, 48, seed=9)}
-    compare(call, random_tensors(MEDIUM, dtype, gated), device, ALL, gradients=gradients)
+    compare(call, random_tensors(MEDIUM, dtype, gated), device, MLP, gradients=gradients)
 
 
 OPTIONS = {
@@ -126,7 +88,7 @@ def test_options(options, biased, dtype, device, instruction_set):
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_float32_weights_under_low_tokens(dtype, weight_on, device, instruction_set):
     tensors = random_tensors(MEDIUM, dtype, weight_dtype=torch.float32)
-    out = compare(moe_mlp(MEDIUM.ids(), weight_on=weight_on), tensors, device, ALL)
+    out = compare(moe_mlp(MEDIUM.ids(), weight_on=weight_on), tensors, device, MLP)
     assert out["result"].dtype == dtype
     for name in ("w_in", "w_out", "b_in", "b_out"):
         assert out[f"grad {name}"].dtype == torch.float32, name
@@ -136,7 +98,7 @@ def test_float32_weights_under_low_tokens(dtype, weight_on, device, instruction_
 def test_route_weights_of_any_dtype(weight_dtype, device, instruction_set):
     tensors = exact_tensors(MEDIUM)
     tensors["weights"] = tensors["weights"].to(weight_dtype)
-    out = compare(moe_mlp(MEDIUM.ids(), activation="relu"), tensors, device, ALL, exact=weight_dtype not in LOW)
+    out = compare(moe_mlp(MEDIUM.ids(), activation="relu"), tensors, device, MLP, exact=weight_dtype not in LOW)
     assert out["grad weights"].dtype == weight_dtype
 
 
@@ -145,10 +107,10 @@ def test_route_weights_of_any_dtype(weight_dtype, device, instruction_set):
 def test_tile_edges(tokens, hidden, inner, dtype, device, instruction_set):
     case = Case("", tokens=tokens, experts=3, top_k=2, hidden=hidden, inner=inner)
     gradients = {"result": randn(tokens, hidden, seed=9)}
-    compare(moe_mlp(case.ids()), random_tensors(case, dtype), device, ALL, gradients=gradients)
+    compare(moe_mlp(case.ids()), random_tensors(case, dtype), device, MLP, gradients=gradients)
 
 
-@pytest.mark.parametrize("needs", [n for size in range(1, 7) for n in combinations(ALL, size)], ids="+".join)
+@pytest.mark.parametrize("needs", [n for size in range(1, 7) for n in combinations(MLP, size)], ids="+".join)
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_every_subset_of_gradients(needs, weight_on, device):
     case = Case("", tokens=7, experts=3, hidden=5, inner=4, choose=some_dropped)
@@ -163,9 +125,9 @@ def test_layouts(layout, dtype, weight_on, device, instruction_set):
     case = Case("", tokens=12, experts=5, hidden=10, inner=6, choose=some_dropped)
     tensors = exact_tensors(case, dtype)
     call = moe_mlp(case.ids(), activation="relu", weight_on=weight_on)
-    plain = compare(call, tensors, device, ALL, exact=True)
+    plain = compare(call, tensors, device, MLP, exact=True)
     moved = {name: layout(t) for name, t in tensors.items()}
-    ours = compare(call, moved, device, ALL, exact=True, grad_layout=layout)
+    ours = compare(call, moved, device, MLP, exact=True, grad_layout=layout)
     for name in plain:
         assert_bitwise_equal(ours[name], plain[name], name)
 
@@ -175,9 +137,9 @@ def test_layouts(layout, dtype, weight_on, device, instruction_set):
 def test_layouts_of_low_dtypes(layout, dtype, device, instruction_set):
     """As transformers' transposed experts lie in memory."""
     tensors = random_tensors(MEDIUM, dtype)
-    plain = compare(moe_mlp(MEDIUM.ids()), tensors, device, ALL)
+    plain = compare(moe_mlp(MEDIUM.ids()), tensors, device, MLP)
     moved = tensors | {name: layout(tensors[name]) for name in ("w_in", "w_out", "x")}
-    ours = compare(moe_mlp(MEDIUM.ids()), moved, device, ALL)
+    ours = compare(moe_mlp(MEDIUM.ids()), moved, device, MLP)
     for name in plain:
         assert_bitwise_equal(ours[name], plain[name], name)
 
@@ -188,7 +150,7 @@ def test_expanded_inputs_and_gradient(expand, device, instruction_set):
     tensors = {name: expand(t) for name, t in exact_tensors(case).items()}
     gradients = {"result": expand(integers(12, 10, seed=9).double())}
     call = moe_mlp(case.ids(), activation="relu")
-    compare(call, tensors, device, ALL, exact=True, gradients=gradients, grad_layout=expand)
+    compare(call, tensors, device, MLP, exact=True, gradients=gradients, grad_layout=expand)
 
 
 @pytest.mark.parametrize("weight_on", ["output", "input"])
@@ -201,7 +163,7 @@ def test_a_given_plan_supersedes_experts(weight_on, device):
         options = {"b_in": b_in, "b_out": b_out, "plan": plan, "activation": "relu", "weight_on": weight_on}
         return api.moe_mlp(x, weights, place(other, x.device), w_in, w_out, **options)
 
-    ours = compare(call, tensors, device, ALL, exact=True)
+    ours = compare(call, tensors, device, MLP, exact=True)
     call = moe_mlp(ids, activation="relu", weight_on=weight_on, capacity=9)
     assert_bitwise_equal(compare(call, tensors, device, exact=True)["result"], ours["result"])
 

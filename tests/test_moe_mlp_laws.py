@@ -5,13 +5,13 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
+from calls import GPT_OSS, MLP, moe_mlp, random_tensors
 from cases import Case, crowded, distinct, randn, some_dropped
-from test_moe_mlp import ALL, GPT_OSS, moe_mlp, random_tensors
 
 LARGE = Case("large", tokens=300, experts=7, top_k=3, hidden=200, inner=90, choose=crowded)
 
 
-def kept_for_backward(case, dtype, device, names=ALL, weight_dtype=None, gated=True, **options):
+def kept_for_backward(case, dtype, device, names=MLP, weight_dtype=None, gated=True, **options):
     """(bytes kept besides the inputs, names of the inputs kept): each storage once."""
     tensors = random_tensors(case, dtype, gated, weight_dtype)
     leaves = {n: place(t, device).requires_grad_(n in names) for n, t in tensors.items()}
@@ -84,7 +84,7 @@ def test_inference_mode_of_the_whole_path(device):
 def test_any_number_of_threads_and_run_to_run(dtype, weight_on, device, threads, instruction_set):
     gradients = {"result": randn(LARGE.tokens, LARGE.hidden, seed=9)}
     tensors, call = random_tensors(LARGE, dtype), moe_mlp(LARGE.ids(), weight_on=weight_on)
-    first = compare(call, tensors, device, ALL, gradients=gradients)
+    first = compare(call, tensors, device, MLP, gradients=gradients)
     leaves = {n: place(t, device).requires_grad_() for n, t in tensors.items()}
     for count in (1, 2, 3, 3, 8):
         torch.set_num_threads(count)

@@ -10,14 +10,7 @@ import moe_ops
 from accuracy import assert_bitwise_equal
 from cases import randn
 from moe_ops import RouterHealth, RouterReplay, nn
-
-HIDDEN, EXPERTS, TOP_K, TOKENS = 16, 6, 2, 40
-
-
-def layers(device, **router):
-    torch.manual_seed(0)
-    two = [nn.MoE(HIDDEN, 8, EXPERTS, TOP_K, router=router, capacity_factor=1.0) for _ in range(2)]
-    return torch.nn.Sequential(*two).to(device)
+from monitored import EXPERTS, HIDDEN, TOKENS, TOP_K, layers
 
 
 def chosen(model, x):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
+from calls import permute
 from cases import (
     DTYPES,
     NAN,
@@ -23,15 +24,6 @@ from cases import (
     some_dropped,
 )
 from moe_ops import reference
-
-
-def permute(ids, experts, **options):
-    """A call for compare: plan and permute by one API."""
-
-    def call(api, x):
-        return api.permute(x, api.plan(place(ids, x.device), experts, **options))
-
-    return call
 
 
 @every_case

@@ -8,10 +8,10 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal
+from arguments import GOOD as CALLS
+from arguments import INNER, E, H, K, T, half, zeros
 from cases import DEVICE, every_dtype, every_layout, randn
 from moe_ops import _C, PackedWeight
-from test_errors import GOOD as CALLS
-from test_errors import INNER, E, H, K, T, half, zeros
 
 LOW = (torch.bfloat16, torch.float16)
 GOOD = CALLS | {"prepack": {"weight": zeros(E, INNER, H)}}

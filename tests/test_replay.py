@@ -6,7 +6,7 @@ import torch
 from accuracy import assert_bitwise_equal
 from cases import randn
 from moe_ops import RouterHealth, RouterReplay, nn
-from test_monitor import EXPERTS, HIDDEN, TOKENS, TOP_K, layers
+from monitored import EXPERTS, HIDDEN, TOKENS, TOP_K, layers
 
 
 def gradients(model, y):

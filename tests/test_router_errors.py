@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from arguments import FLOAT, ID, H, ints, zeros
 from moe_ops import losses, nn
-from test_errors import FLOAT, ID, H, ints, zeros
 
 T, E, K = 3, 4, 2
 PARAMETER = torch.nn.Parameter(zeros(2))

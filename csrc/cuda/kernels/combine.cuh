@@ -6,6 +6,8 @@
 // side by side and share its gradient through L1, and a dot product ends in one warp, in the same order at every run.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/arch/memory.cuh"
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/dropped.cuh"
@@ -23,9 +25,14 @@ template <int n>
 inline constexpr int kCombineAccesses = n > 1 ? 2 : 4;
 inline constexpr int kBackwardAccesses = 4;
 
+// What an access brings, as it is kept until it is added up: by words, or nvcc for sm_90 gives every two-byte value a
+// register of its own.
+template <class Values>
+using Words = std::conditional_t<sizeof(Values) % 4 == 0, arch::Pack<uint32_t, sizeof(Values) / 4>, Values>;
+
 // A warp takes a piece of one token's y.
 template <class T, int n>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ CombineParams p) {
+__global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ CombineParams p) {
   using Values = arch::Pack<T, n>;
   constexpr int accesses = kCombineAccesses<n>, piece = 32 * n * accesses;
   const int64_t pieces = ceil_div(p.hidden, piece);
@@ -45,7 +52,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
 
     for (uint32_t left = arch::ballot(found); left;) {
       const int count = min(arch::count_bits(left), kCombineRows);
-      Values values[kCombineRows][accesses] = {};
+      Words<Values> words[kCombineRows][accesses] = {};
       float scale[kCombineRows];
 #pragma unroll
       for (int r = 0; r < kCombineRows; ++r) {
@@ -56,15 +63,17 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
         const T* from = static_cast<const T*>(p.rows.data) + arch::shuffle(row, source) * p.rows.stride;
 #pragma unroll
         for (int i = 0; i < accesses; ++i)
-          if (column(i) < p.hidden) values[r][i] = arch::load_streamed<Values>(from + column(i));
+          if (column(i) < p.hidden) words[r][i] = arch::load_streamed<Words<Values>>(from + column(i));
       }
 #pragma unroll
       for (int r = 0; r < kCombineRows; ++r) {
         if (r >= count) continue;
 #pragma unroll
-        for (int i = 0; i < accesses; ++i)
+        for (int i = 0; i < accesses; ++i) {
+          const auto values = bits_as<Values>(words[r][i]);
 #pragma unroll
-          for (int v = 0; v < n; ++v) sum[i][v] += scale[r] * to_float(values[r][i][v]);
+          for (int v = 0; v < n; ++v) sum[i][v] += scale[r] * to_float(values[v]);
+        }
       }
     }
   }
@@ -118,23 +127,24 @@ __global__ void __launch_bounds__(kCombineThreads)
     const T* from = dot ? static_cast<const T*>(p.rows.data) + row * p.rows.stride : nullptr;
     T* to = rows ? static_cast<T*>(p.grad_rows.data) + row * p.grad_rows.stride : nullptr;
     for (int64_t begin = arch::lane_id() * n; begin < p.hidden; begin += 32 * n * accesses) {
-      Values grad[accesses] = {}, other[accesses] = {};
+      Words<Values> grad_words[accesses] = {}, other_words[accesses] = {};
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         const int64_t column = begin + i * 32 * n;
         if (column >= p.hidden) continue;
-        grad[i] = arch::load<Values>(grad_y + column);
-        if constexpr (dot) other[i] = arch::load_streamed<Values>(from + column);
+        grad_words[i] = arch::load<Words<Values>>(grad_y + column);
+        if constexpr (dot) other_words[i] = arch::load_streamed<Words<Values>>(from + column);
       }
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         const int64_t column = begin + i * 32 * n;
         if (column >= p.hidden) continue;
+        const auto grad = bits_as<Values>(grad_words[i]), other = bits_as<Values>(other_words[i]);
         Values scaled;
 #pragma unroll
         for (int v = 0; v < n; ++v) {
-          scaled[v] = from_float<T>(weight * to_float(grad[i][v]));
-          if constexpr (dot) sum[i] += to_float(grad[i][v]) * to_float(other[i][v]);
+          scaled[v] = from_float<T>(weight * to_float(grad[v]));
+          if constexpr (dot) sum[i] += to_float(grad[v]) * to_float(other[v]);
         }
         if constexpr (rows) arch::store_global(to + column, scaled);
       }

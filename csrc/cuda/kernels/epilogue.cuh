@@ -14,7 +14,9 @@ namespace moe {
 // A tile of products, biases added.
 template <int rows, int cols>
 struct Products {
-  static constexpr int kStride = cols + 8;  // so that the rows of a fragment lie in different banks
+  // So that what the lanes of a warp store at once lies in different banks: neighbouring columns of several rows, or,
+  // where there are 64 columns, every eighth pair.
+  static constexpr int kStride = cols + (cols == 64 ? 2 : 8);
   float values[rows * kStride];
 
   MOE_INLINE float* at(int row, int col) { return values + row * kStride + col; }

@@ -3,9 +3,10 @@
 // reduction is taken in, the same for rows and weights, so that none has to move to another lane.
 //
 // Both classes below: kCols columns, kDepth values of the reduction in a Step; load(k) asks for the step that begins at
-// k, add(step) multiplies it, put(f) calls f(row, col, value) for what the warp has summed up.
+// k, add(step) multiplies it, put(to) stores what the warp has summed up.
 #pragma once
 
+#include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/gemm_operands.cuh"
 
 namespace moe {
@@ -33,14 +34,6 @@ MOE_INLINE void find_rows(const GroupedGemmParams& p, const Tile& tile, FewRowsO
 
 // 16 bytes of values, as the tensor cores read them.
 using Chunk = arch::Pack<uint32_t, 4>;
-
-template <class To, class From>
-MOE_INLINE To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 // The first n values at `from` of a chunk of T, then zeros; weights are read once and need not stay in L1.
 template <class T, class S>
@@ -125,7 +118,7 @@ class TensorCoreFewRows {
       for (int half = 0; half < 2; ++half) {
         step.rows[i][half] = {};
         if (half == 1 && !two_) continue;
-        const int row = lane_.group + 8 * half;
+        const int row = row_of(lane_.group) + 8 * half;
         step.rows[i][half] =
             few_rows_values(rows_.rows[row] + k + 32 * i, end_ - k - 32 * i, row_source_, rows_.scales[row]);
       }
@@ -150,18 +143,27 @@ class TensorCoreFewRows {
         }
   }
 
-  template <class F>
-  MOE_INLINE void put(const F& f) const {
+  MOE_INLINE void put(Products<kFewRows<T>, kCols>& to) const {
 #pragma unroll
-    for (int m = 0; m < kCols / 16; ++m)
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // column group or its other of fragment m, rows 2 quarter and the next
-        const int other = i / 2 % 2, col = along_k ? 16 * m + lane_.group + 8 * other : 8 * lane_.group + 2 * m + other;
-        f(8 * (i / 4) + 2 * lane_.quarter + i % 2, col, sums_[m][i / 4][i % 4]);
+      for (int m = 0; m < kCols / 16; ++m) {
+        const int row = row_of(2 * lane_.quarter + i % 2) + 8 * (i / 2);
+        const float first = sums_[m][i / 2][i % 2], second = sums_[m][i / 2][2 + i % 2];
+        if constexpr (along_k) {
+          *to.at(row, 16 * m + lane_.group) = first;
+          *to.at(row, 16 * m + lane_.group + 8) = second;
+        } else {
+          arch::store(to.at(row, 8 * lane_.group + 2 * m), float2{first, second});
+        }
       }
   }
 
  private:
+  // The row that stands in a fragment's column: even columns 0 to 3, odd ones 4 to 7, so that the four rows that the
+  // lanes store at once follow each other, and lie in different banks.
+  static MOE_INLINE int row_of(int column) { return column / 2 + column % 2 * 4; }
+
   // 16 columns by 16 values of the reduction. Along K a lane has eight values of a column; otherwise eight columns of a
   // value, which are put side by side here.
   static MOE_INLINE void fragment(const Chunk* weights, int part, int m, uint32_t (&out)[4]) {
@@ -237,8 +239,7 @@ class FloatFewRows {
     }
   }
 
-  template <class F>
-  MOE_INLINE void put(const F& f) const {
+  MOE_INLINE void put(Products<kFewRows<float>, kCols>& to) const {
 #pragma unroll
     for (int row = 0; row < kFewRows<float>; ++row)
 #pragma unroll
@@ -246,7 +247,7 @@ class FloatFewRows {
         float sum = sums_[row][col];
         sum += arch::shuffle_xor(sum, 1);
         sum += arch::shuffle_xor(sum, 2);
-        if (lane_.quarter == col) f(row, along_k ? lane_.group + 8 * col : 4 * lane_.group + col, sum);
+        if (lane_.quarter == col) *to.at(row, along_k ? lane_.group + 8 * col : 4 * lane_.group + col) = sum;
       }
   }
 

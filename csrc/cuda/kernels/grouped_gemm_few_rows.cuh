@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
   Arithmetic products(p, tile, shared.rows);
   const int64_t steps = tile.cols ? ceil_div(p.k, Arithmetic::kDepth) : 0;
   add_steps(products, steps * split / at.splits, steps * (split + 1) / at.splits);
-  auto& part = shared.parts[threadIdx.x / 32];
-  products.put([&](int row, int col, float value) { *part.at(row, col) = value; });
+  products.put(shared.parts[threadIdx.x / 32]);
   arch::sync_block();  // the warps' parts are there
 
   const auto sum = [&](int row, int col) {

@@ -19,6 +19,14 @@ using Quad = arch::Pack<float, 4>;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class To, class From>
+MOE_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
 MOE_INLINE float to_float(float x) { return x; }
 MOE_INLINE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 MOE_INLINE float to_float(__half x) { return __half2float(x); }
