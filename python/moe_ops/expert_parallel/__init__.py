@@ -1,0 +1,6 @@
+"""Experts spread over the ranks of a process group, on torch.distributed."""
+
+from moe_ops.expert_parallel.mlp import moe_mlp
+from moe_ops.types import ExpertParallelPlan
+
+__all__ = ["ExpertParallelPlan", "moe_mlp"]
