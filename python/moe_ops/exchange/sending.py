@@ -49,7 +49,7 @@ def outgoing(experts: Tensor, num_experts: int, world: int, capacity: int | None
 
 def trimmed(plan: Plan, rows: int) -> Plan:
     """The plan without the dropped rows behind its last expert."""
-    return plan._replace(row_slot=plan.row_slot[:rows])
+    return plan._replace(row_slot=plan.row_slot.narrow(0, 0, rows))
 
 
 def padded(plan: Plan, rows: int) -> Plan:
