@@ -103,7 +103,8 @@ def _groups(op: str, tensor: Any) -> tuple[Any, ...]:
 
 def _norm(gradients: list[Tensor], groups: tuple[Any, ...], p: float, device: torch.device) -> Tensor:
     """The norm, in float32 or float64, over gradients of this rank and of the others that hold parts."""
-    norm = torch.nn.utils.get_total_norm(gradients, p).to(device)
+    filled = [gradient for gradient in gradients if gradient.numel()]  # an empty one has no largest magnitude
+    norm = torch.nn.utils.get_total_norm(filled, p).to(device)
     norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
     if not groups:
         return norm
