@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -71,8 +72,9 @@ def clip_grad_norm_(
             gradients.append(_local(parameter.grad))
     if not kinds:
         return torch.zeros(())
-    device = _local(listed[0]).device
-    norms = [_norm(gradients, groups, float(norm_type), device) for groups, gradients in kinds.items()]
+    dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in listed), torch.float32)
+    zero = torch.zeros((), dtype=dtype, device=_local(listed[0]).device)
+    norms = [_norm(gradients, groups, float(norm_type), zero) for groups, gradients in kinds.items()]
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"{op}: the norm of order {norm_type} must be finite, got {total.item()}")
@@ -101,11 +103,10 @@ def _groups(op: str, tensor: Any) -> tuple[Any, ...]:
     return tuple(groups)
 
 
-def _norm(gradients: list[Tensor], groups: tuple[Any, ...], p: float, device: torch.device) -> Tensor:
-    """The norm, in float32 or float64, over gradients of this rank and of the others that hold parts."""
+def _norm(gradients: list[Tensor], groups: tuple[Any, ...], p: float, zero: Tensor) -> Tensor:
+    """The norm over gradients of this rank and of the others that hold parts; zero says where, and in which dtype."""
     filled = [gradient for gradient in gradients if gradient.numel()]  # an empty one has no largest magnitude
-    norm = torch.nn.utils.get_total_norm(filled, p).to(device)
-    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    norm = torch.nn.utils.get_total_norm(filled, p).to(zero) if filled else zero.clone()
     if not groups:
         return norm
     total = norm if math.isinf(p) else norm**p
