@@ -17,6 +17,7 @@ from moe_ops.nn.experts import Experts
 from moe_ops.types import Plan
 
 OPTIONS = ("mode", "chunks", "gradients", "name")  # of the exchange, beside mesh
+COMPUTE = ("activation", "gated", "layout", "alpha", "limit", "up_offset", "weight_on")  # of Experts
 GRADIENTS = {"mean": 0, "sum": 1}
 
 _layers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many were built on a process group
@@ -72,11 +73,12 @@ class ExpertParallelExperts(Experts):
         self.name = f"layer {number}" if name is None else name
         state = _generator_state(self.mesh.device_type)
         super().__init__(num_experts, hidden, inner, device=device, dtype=dtype, **options)
-        self.agree(
-            layer=(number, name), num_experts=num_experts, hidden=hidden, inner=inner, dtype=self.w_in.dtype, **options,
-            mode=mode, chunks=chunks, gradients=gradients, torch=torch.__version__,
-            **({} if self.w_in.is_meta else {"torch's generator (its state, from torch.manual_seed)": state}),
-        )  # fmt: skip
+        names = ("num_experts", "hidden", "inner", *COMPUTE, *OPTIONS[:-1])
+        fields = {"layer": (number, name)} | {name: getattr(self, name) for name in names}
+        fields |= {"bias": self.b_in is not None, "dtype": self.w_in.dtype, "torch": torch.__version__}
+        if not self.w_in.is_meta:
+            fields["torch's generator (its state, from torch.manual_seed)"] = state
+        self.agree(**fields)
 
     def agree(self, **fields: Any) -> None:
         """Raises a ValueError on every rank of the group, naming field and ranks, if a field is not the same on all."""
@@ -131,15 +133,9 @@ class ExpertParallelExperts(Experts):
             num_experts=self.num_experts,
             mode=self.mode,
             chunks=self.chunks,
-            activation=self.activation,
-            gated=self.gated,
             b_in=self._mine(self.b_in),
             b_out=self._mine(self.b_out),
-            layout=self.layout,
-            alpha=self.alpha,
-            limit=self.limit,
-            up_offset=self.up_offset,
-            weight_on=self.weight_on,
+            **{name: getattr(self, name) for name in COMPUTE},
         )
 
     def extra_repr(self) -> str:
