@@ -75,7 +75,7 @@ def clip_grad_norm_(
     dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in listed), torch.float32)
     zero = torch.zeros((), dtype=dtype, device=_local(listed[0]).device)
     norms = [_norm(gradients, groups, float(norm_type), zero) for groups, gradients in kinds.items()]
-    total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"{op}: the norm of order {norm_type} must be finite, got {total.item()}")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
