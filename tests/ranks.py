@@ -64,12 +64,15 @@ def start(world, function, *arguments, timeout=TIMEOUT):
     return processes, answers
 
 
-def gather(processes, answers, patience=120.0):
-    """The (result, error) of every rank; Lost is the error of one that died or gave no answer in time."""
+def gather(processes, answers, patience=120.0, without=None):
+    """The (result, error) of every rank; Lost is the error of one that died or gave no answer in time.
+
+    without: a rank whose answer is not waited for.
+    """
     deadline = time.monotonic() + patience
     outcomes = [(None, Lost(f"rank {rank} gave no answer", deadline)) for rank in range(len(answers))]
     open_ends = dict(zip(answers, range(len(answers)), strict=True))
-    while open_ends and (left := deadline - time.monotonic()) > 0:
+    while set(open_ends.values()) - {without} and (left := deadline - time.monotonic()) > 0:
         for end in wait(list(open_ends), left):
             rank = open_ends.pop(end)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks, expert_parallel, module_checks, ops
+from moe_ops.exchange.agreement import MAX_CHUNKS
+from moe_ops.exchange.dispatch import MODES
 from moe_ops.expert_parallel import sharding
 from moe_ops.expert_parallel.gradients import Scale
 from moe_ops.expert_parallel.handshake import handshake
 from moe_ops.nn.experts import Experts
 from moe_ops.types import Plan
 
-OPTIONS = ("mode", "chunks", "gradients", "name")  # of the exchange, beside mesh
+OPTIONS = ("mode", "rows_per_peer", "chunks", "gradients", "name")  # of the exchange, beside mesh
 COMPUTE = ("activation", "gated", "layout", "alpha", "limit", "up_offset", "weight_on")  # of Experts
 GRADIENTS = {"mean": 0, "sum": 1}
 
@@ -38,10 +41,13 @@ class ExpertParallelExperts(Experts):
     Args:
         num_experts, hidden, inner, and further options: as in `Experts`, but impl, which is "moe_ops".
         mesh: a DeviceMesh with a dimension named "ep".
-        mode, chunks: of the exchange, as in `moe_ops.expert_parallel.moe_mlp`.
+        mode, rows_per_peer, chunks: of the exchange, as in `moe_ops.expert_parallel.moe_mlp`.
         gradients: "mean": the experts' gradients are those of the mean of the ranks' losses, which is what
             DistributedDataParallel and FSDP2 make of all others; "sum": those of the sum.
         name: of the layer, in errors; by default the number of the layer among those built on this group.
+
+    Attributes:
+        dropped: [] int64 on the device: with rows_per_peer, how many rows of this rank did not fit so far.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class ExpertParallelExperts(Experts):
         *,
         mesh: Any,
         mode: str = "exact",
+        rows_per_peer: int | None = None,
         chunks: int = 1,
         gradients: str = "mean",
         name: str | None = None,
@@ -61,18 +68,24 @@ class ExpertParallelExperts(Experts):
     ) -> None:
         op = "ExpertParallelExperts"
         self.mesh = sharding.ep_mesh(op, mesh)
-        checks.option(op, "mode", mode, expert_parallel.MODES)
-        checks.integer(op, "chunks", chunks, 1, checks.MAX_INT32)
+        checks.option(op, "mode", mode, MODES)
+        if rows_per_peer is not None and mode != "bounded":
+            raise ValueError(f"{op}: rows_per_peer must be None where mode is {mode!r}, got {rows_per_peer}")
+        if rows_per_peer is not None:
+            checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
+        checks.integer(op, "chunks", chunks, 1, MAX_CHUNKS)
         checks.option(op, "gradients", gradients, GRADIENTS)
         module_checks.instance(op, "name", name, (str, type(None)), "a str or None")
         if options.get("impl", "moe_ops") != "moe_ops":
             raise ValueError(f"{op}: impl must be 'moe_ops', got {options['impl']!r}")
-        self.mode, self.chunks, self.gradients = mode, chunks, gradients
+        self.mode, self.rows_per_peer, self.chunks, self.gradients = mode, rows_per_peer, chunks, gradients
         group = self.mesh.get_group()
         _layers[group] = number = _layers.get(group, 0) + 1
         self.name = f"layer {number}" if name is None else name
         state = _generator_state(self.mesh.device_type)
         super().__init__(num_experts, hidden, inner, device=device, dtype=dtype, **options)
+        # No buffer: data parallelism would make it that of rank 0.
+        self.dropped = torch.zeros((), dtype=torch.int64, device=self.mesh.device_type)
         names = ("num_experts", "hidden", "inner", *COMPUTE, *OPTIONS[:-1])
         fields = {"layer": (number, name)} | {name: getattr(self, name) for name in names}
         fields |= {"bias": self.b_in is not None, "dtype": self.w_in.dtype, "torch": torch.__version__}
@@ -109,6 +122,7 @@ class ExpertParallelExperts(Experts):
         capacity: int | None = None,
         drop_policy: str = "position",
         plan: Plan | None = None,
+        shared: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """`Experts.forward` over the ranks: y of this rank's tokens; every rank of the group must call.
 
@@ -116,6 +130,7 @@ class ExpertParallelExperts(Experts):
             x, weights, experts: this rank's tokens, as many as it has; none is fine.
             capacity, drop_policy: rows per expert of this rank's tokens, as in `moe_ops.plan`.
             plan: must be None.
+            shared: is called while rows travel; what it gives, [tokens, hidden], is added to y.
         """
         if plan is not None:
             raise ValueError(f"ExpertParallelExperts: plan must be None, got {checks.kind(plan)}")
@@ -123,7 +138,7 @@ class ExpertParallelExperts(Experts):
             ranks = weights if drop_policy == "probability" else None
             kept = ops.plan(experts, self.num_experts, capacity=capacity, drop_policy=drop_policy, weights=ranks)
             experts = torch.where(kept.slot_row >= 0, experts, -1)
-        return expert_parallel.moe_mlp(
+        y = expert_parallel.moe_mlp(
             x,
             weights,
             experts,
@@ -132,11 +147,18 @@ class ExpertParallelExperts(Experts):
             group=self.mesh.get_group(),
             num_experts=self.num_experts,
             mode=self.mode,
+            name=self.name,
+            rows_per_peer=self.rows_per_peer,
             chunks=self.chunks,
+            shared=shared,
             b_in=self._mine(self.b_in),
             b_out=self._mine(self.b_out),
             **{name: getattr(self, name) for name in COMPUTE},
         )
+        if self.rows_per_peer is not None:
+            y, dropped = y
+            self.dropped = self.dropped + dropped
+        return y
 
     def extra_repr(self) -> str:
         exchange = f"mode={self.mode!r}, chunks={self.chunks}, gradients={self.gradients!r}"

@@ -187,16 +187,21 @@ class MoE(torch.nn.Module):
         else:
             weights, experts = self.router(tokens, token_ids=token_ids)
         inputs = tokens if self.latent_in is None else _linear(self.latent_in, tokens)
-        capacity = self.capacity(tokens.shape[0])
-        plan = None if isinstance(self.experts, ExpertParallelExperts) else self.router.plan(experts)
+        options: dict[str, Any] = {"capacity": self.capacity(tokens.shape[0]), "drop_policy": self.drop_policy}
+        shared = None if self.shared is None else lambda: self._shared(tokens)
+        if isinstance(self.experts, ExpertParallelExperts):
+            if self.latent_out is None:  # the shared expert works while rows travel
+                options["shared"], shared = shared, None
+        else:
+            options["plan"] = self.router.plan(experts)
         # plan (but for a router's own), permute, grouped_gemm, grouped_gemm and combine, in one.
-        y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy, plan=plan)
+        y = self.experts(inputs, weights, experts, **options)
         if self.latent_out is not None:
             y = _linear(self.latent_out, y)
         if self.zero_computation is not None:  # their ids are out of range, and so dropped, for self.experts
             y = y + self.zero_computation(tokens, weights, experts, self.experts.num_experts).to(y.dtype)
-        if self.shared is not None:
-            y = y + self.shared(tokens, *self._shared_route(tokens))
+        if shared is not None:
+            y = y + shared()
         y = y.reshape(x.shape)
         return y if route is None else (y, route)
 
@@ -207,12 +212,16 @@ class MoE(torch.nn.Module):
                 experts.prepack(dtype=dtype)
         return self
 
-    def _shared_route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and experts, both [tokens, 1], that send every token to the shared expert."""
+    def _shared(self, tokens: Tensor) -> Tensor:
+        """What the shared expert, which every token chooses, makes of tokens [tokens, hidden]."""
+        assert self.shared is not None
         experts = torch.zeros(tokens.shape[0], 1, dtype=torch.int32, device=tokens.device)
         if self.shared_gate is None:
-            return torch.ones_like(experts, dtype=torch.float32), experts
-        return torch.sigmoid(_linear(self.shared_gate, tokens)), experts
+            weights = torch.ones_like(experts, dtype=torch.float32)
+        else:
+            weights = torch.sigmoid(_linear(self.shared_gate, tokens))
+        y: Tensor = self.shared(tokens, weights, experts)
+        return y
 
 
 class ExpertParallelMoE(MoE):
