@@ -15,8 +15,20 @@ _context.set_forkserver_preload(["torch", "torch.distributed.tensor", "moe_ops"]
 TIMEOUT = 60.0  # seconds, of a process group unless a test of faults says otherwise
 
 
-class Lost(RuntimeError):
-    """What a rank that gave no answer stands for."""
+class Failed(AssertionError):
+    """What was raised on a rank: its traceback, and when."""
+
+    @property
+    def time(self):
+        """In seconds of the machine's monotonic clock, which all processes share."""
+        return self.args[1]
+
+    def __str__(self):
+        return self.args[0]
+
+
+class Lost(Failed):
+    """A rank that died or gave no answer in time."""
 
 
 def _rank(function, arguments, rank, world, store, timeout, answer):
@@ -29,9 +41,8 @@ def _rank(function, arguments, rank, world, store, timeout, answer):
         method = f"file://{store}"
         dist.init_process_group("gloo", method, timedelta(seconds=timeout), world_size=world, rank=rank)
         result, error = function(*arguments), None
-    except Exception as failure:
-        result, error = None, failure
-        error.add_note(f"on rank {rank}:\n{traceback.format_exc()}") if hasattr(error, "add_note") else None
+    except Exception:
+        result, error = None, Failed(f"rank {rank}: {traceback.format_exc()}", time.monotonic())
     answer.send((result, error))
     answer.close()
     if error is None and dist.is_initialized():
@@ -53,18 +64,21 @@ def start(world, function, *arguments, timeout=TIMEOUT):
     return processes, answers
 
 
-def gather(processes, answers, patience=120.0):
-    """The (result, error) of every rank; Lost is the error of one that died or gave no answer in time."""
+def gather(processes, answers, patience=120.0, without=None):
+    """The (result, error) of every rank; Lost is the error of one that died or gave no answer in time.
+
+    without: a rank whose answer is not waited for.
+    """
     deadline = time.monotonic() + patience
-    outcomes = [(None, Lost(f"rank {rank} gave no answer")) for rank in range(len(answers))]
+    outcomes = [(None, Lost(f"rank {rank} gave no answer", deadline)) for rank in range(len(answers))]
     open_ends = dict(zip(answers, range(len(answers)), strict=True))
-    while open_ends and (left := deadline - time.monotonic()) > 0:
+    while set(open_ends.values()) - {without} and (left := deadline - time.monotonic()) > 0:
         for end in wait(list(open_ends), left):
             rank = open_ends.pop(end)
             try:
                 outcomes[rank] = end.recv()
             except EOFError:
-                outcomes[rank] = (None, Lost(f"rank {rank} died"))
+                outcomes[rank] = (None, Lost(f"rank {rank} died", time.monotonic()))
     for process in processes:
         process.join(5 if not open_ends else 0)
         if process.is_alive():
@@ -73,9 +87,9 @@ def gather(processes, answers, patience=120.0):
 
 
 def run(world, function, *arguments, timeout=TIMEOUT):
-    """What function(*arguments) returns on every rank of a process group of that size; raises what a rank raised."""
+    """What function(*arguments) returns on every rank of a process group of that size; raises what was raised first."""
     outcomes = gather(*start(world, function, *arguments, timeout=timeout))
-    for _, error in outcomes:
-        if error is not None:
-            raise error
+    errors = [error for _, error in outcomes if error is not None]
+    if errors:
+        raise min(errors, key=lambda error: error.time)
     return [result for result, _ in outcomes]

@@ -92,7 +92,7 @@ def receive(cargo: Cargo, top_k: int, wire: Wire, splits: Splits) -> tuple[Tenso
     labels = finish(cargo.labels, wire, splits)
     weights = None
     if cargo.weights is not None:
-        weights = labels[:, top_k:].contiguous().view(cargo.weights.dtype)
+        weights = labels[:, top_k:].clone(memory_format=torch.contiguous_format).view(cargo.weights.dtype)
         weights = arrive(cargo.weights, weights, wire, splits)
     return finish(cargo.rows, wire, splits), labels[:, :top_k], weights
 
