@@ -4,6 +4,12 @@
     python examples/train_tiny_lm.py --balance none --plot none.png       # what happens without balancing
     python examples/train_tiny_lm.py --experts-impl naive                 # plain PyTorch: the same curve to rounding
 
+The experts spread over two processes, the same curve; a rank is killed, and training goes on without it:
+
+    torchrun --nproc-per-node 2 examples/train_tiny_lm.py --ep 2
+    torchrun --nproc-per-node 2 examples/train_tiny_lm.py --ep 2 --checkpoint saved --kill-rank-at 57
+    python examples/train_tiny_lm.py --checkpoint saved --resume          # or torchrun with another number of ranks
+
 The last line printed is the loss of the last step. After a hundred steps or so rounding may send a token to another
 expert; from there on the curves of two implementations differ in the third decimal.
 """
@@ -12,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pydoc_data.topics
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +33,7 @@ from torch import Tensor, nn
 
 import moe_ops
 from moe_ops import RouteResult
+from parallel import Checkpoints, Ranks
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -55,7 +64,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MoE(norm(x))."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, mesh: Any, name: str) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(args.hidden)
         self.attention = Attention(args.hidden, args.heads)
@@ -63,9 +72,10 @@ class Block(nn.Module):
         router: dict[str, Any] = {"renormalize": True}
         if args.balance == "bias":
             router |= {"score": "sigmoid", "correction_bias": True}
-        self.moe = moe_ops.nn.MoE(
-            args.hidden, args.inner, args.experts, args.top_k, router=router, impl=args.experts_impl
-        )
+        options: dict[str, Any] = {"router": router, "impl": args.experts_impl}
+        if mesh is not None:
+            options |= {"mesh": mesh, "mode": args.ep_mode, "chunks": args.ep_chunks, "name": name}
+        self.moe = moe_ops.nn.MoE(args.hidden, args.inner, args.experts, args.top_k, **options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouteResult]:
         x = x + self.attention(self.attention_norm(x))
@@ -76,10 +86,10 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Characters [batch, length] to logits [batch, length, characters], and every block's routing."""
 
-    def __init__(self, characters: int, args: argparse.Namespace) -> None:
+    def __init__(self, characters: int, args: argparse.Namespace, mesh: Any = None) -> None:
         super().__init__()
         self.characters = nn.Embedding(characters, args.hidden)
-        self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
+        self.blocks = nn.ModuleList(Block(args, mesh, f"blocks.{i}.moe") for i in range(args.layers))
         self.norm = nn.RMSNorm(args.hidden)
         self.head = nn.Linear(args.hidden, characters, bias=False)
         nn.init.normal_(self.characters.weight, std=0.1)
@@ -116,13 +126,17 @@ class Text(NamedTuple):
 class Step(NamedTuple):
     """What one training step reports."""
 
+    number: int  # from 1
     loss: float
     tokens_per_second: float
     load: Tensor  # [layers, experts], 1 where an expert gets its even share of the slots
 
 
-def train(model: LanguageModel, text: Text, args: argparse.Namespace) -> Iterator[Step]:
-    """Runs the steps, with the balancing that args.balance asks for."""
+def train(
+    model: LanguageModel, text: Text, args: argparse.Namespace, ranks: Ranks | None = None
+) -> Iterator[Step]:
+    """Runs the steps, with the balancing that args.balance asks for; ranks share the batches."""
+    ranks = ranks or Ranks()
     generator = torch.Generator().manual_seed(args.seed)
     routers = [module for module in model.modules() if isinstance(module, moe_ops.nn.Router)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -132,25 +146,36 @@ def train(model: LanguageModel, text: Text, args: argparse.Namespace) -> Iterato
         return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for _ in range(args.steps):
+    checkpoints = Checkpoints(args.checkpoint, model, optimizer, schedule) if args.checkpoint else None
+    first = checkpoints.load(generator) if checkpoints and args.resume else 0
+    if first >= args.steps:
+        raise SystemExit(f"--resume: {args.checkpoint} holds step {first}, nothing is left of --steps {args.steps}")
+    parallel = ranks.wrap(model)
+    for step in range(first + 1, args.steps + 1):
+        if step == args.kill_rank_at:
+            ranks.kill_last()
         started = time.perf_counter()
         inputs, targets = text.batch(args.batch, args.context, generator)
-        logits, routes = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits, routes = parallel(ranks.share(inputs))
+        loss = F.cross_entropy(logits.flatten(0, 1), ranks.share(targets).flatten())
         total = loss
         if args.balance == "aux":
-            total = loss + sum(moe_ops.losses.load_balancing(route, alpha=args.aux_alpha) for route in routes)
+            balance = (moe_ops.losses.load_balancing(r, alpha=args.aux_alpha, group=ranks.group) for r in routes)
+            total = loss + sum(balance)
         optimizer.zero_grad()
         total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        moe_ops.expert_parallel.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        counts = ranks.total(torch.cat([route.counts for route in routes]))  # [layers, experts]
         if args.balance == "bias":
-            for router, route in zip(routers, routes, strict=True):
-                router.update_bias(route.counts, args.bias_rate)
-        counts = torch.cat([route.counts for route in routes]).float()
-        load = counts / counts.mean(1, keepdim=True)
-        yield Step(loss.item(), inputs.numel() / (time.perf_counter() - started), load)
+            for router, its in zip(routers, counts, strict=True):
+                router.update_bias(its, args.bias_rate)
+        load = counts / counts.float().mean(1, keepdim=True)
+        loss = ranks.total(loss) / ranks.world
+        yield Step(step, loss.item(), inputs.numel() / (time.perf_counter() - started), load)
+        if checkpoints and step % args.save_every == 0:
+            checkpoints.save(step, generator)
 
 
 def bars(load: Tensor) -> str:
@@ -159,8 +184,7 @@ def bars(load: Tensor) -> str:
     return " ".join("".join(heights[min(8, math.ceil(4 * share))] for share in layer) for layer in load.tolist())
 
 
-class Report(Protocol):
-    def __call__(self, step: int, result: Step) -> None: ...
+Report = Callable[[Step], None]
 
 
 @contextmanager
@@ -176,7 +200,8 @@ def progress(steps: int) -> Iterator[Report]:
 
     if console is None or not console.is_terminal:
 
-        def lines(step: int, result: Step) -> None:
+        def lines(result: Step) -> None:
+            step = result.number
             if step % 10 == 0 or step == steps:
                 speed = f"{result.tokens_per_second:7.0f} tokens/s"
                 print(f"step {step:4d}/{steps}  loss {result.loss:.4f}  {speed}  load {bars(result.load)}", flush=True)
@@ -192,9 +217,9 @@ def progress(steps: int) -> Iterator[Report]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("train", total=steps, loss=math.nan, speed=0.0, load="")
 
-        def update(step: int, result: Step) -> None:
+        def update(result: Step) -> None:
             speed = result.tokens_per_second
-            bar.update(task, completed=step, loss=result.loss, speed=speed, load=bars(result.load))
+            bar.update(task, completed=result.number, loss=result.loss, speed=speed, load=bars(result.load))
 
         yield update
 
@@ -207,11 +232,11 @@ def plot(history: list[Step], args: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 7), layout="constrained")
-    above.plot(range(1, len(history) + 1), [step.loss for step in history])
+    above.plot([step.number for step in history], [step.loss for step in history])
     above.set(ylabel="loss (nats per character)", title=f"balance: {args.balance}, final loss {history[-1].loss:.4f}")
     above.grid(alpha=0.3)
     load = torch.stack([step.load.flatten() for step in history], dim=1).numpy()  # [layers * experts, steps]
-    extent = (0.5, len(history) + 0.5, len(load) - 0.5, -0.5)
+    extent = (history[0].number - 0.5, history[-1].number + 0.5, len(load) - 0.5, -0.5)
     image = below.imshow(load, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=extent)
     for layer in range(1, args.layers):
         below.axhline(layer * args.experts - 0.5, color="black", linewidth=1)
@@ -254,9 +279,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=3e-3)
     add("--aux-alpha", type=float, default=0.01, help="factor of the load-balancing loss (Fedus et al. 2022)")
     add("--bias-rate", type=float, default=0.003, help="step of the loss-free bias update (Wang et al. 2024)")
+    add = parser.add_argument_group("experts spread over processes, under torchrun").add_argument
+    add("--ep", type=int, default=0, metavar="N", help="spread the experts over all N processes of torchrun")
+    add("--ep-mode", choices=("exact", "bounded"), default="exact")
+    add("--ep-chunks", type=int, default=1, help="parts of a batch whose exchange and products overlap")
+    add("--timeout", type=float, default=30.0, help="seconds after which a rank that hangs is an error")
+    add("--checkpoint", metavar="FOLDER", help="save there every --save-every steps")
+    add("--save-every", type=int, default=10, metavar="STEPS")
+    add("--resume", action="store_true", help="go on from the newest checkpoint, with any number of ranks")
+    add("--kill-rank-at", type=int, default=0, metavar="STEP", help="the last rank dies before this step")
     args = parser.parse_args(arguments)
     if args.steps < 1:
         parser.error(f"argument --steps: expected at least 1, got {args.steps}")
+    world = int(os.environ.get("WORLD_SIZE", "0"))
+    if args.ep and args.ep != world:
+        parser.error(f"argument --ep: expected the number of processes of torchrun ({world}), got {args.ep}")
+    if args.batch % max(args.ep, 1):
+        parser.error(f"argument --batch: expected a multiple of --ep ({args.ep}), got {args.batch}")
+    if args.kill_rank_at and args.ep < 2:
+        parser.error(f"argument --kill-rank-at: needs --ep of at least 2, got {args.ep}")
+    if args.resume and not args.checkpoint:
+        parser.error("argument --resume: needs --checkpoint FOLDER")
     if args.plot and find_spec("matplotlib") is None:
         parser.error("argument --plot: needs matplotlib: pip install matplotlib")
     return args
@@ -266,19 +309,33 @@ def main() -> None:
     args = parse()
     torch.manual_seed(args.seed)
     text = Text.load()
-    model = LanguageModel(len(text.alphabet), args)
+    ranks = Ranks(args.ep, args.timeout)
+    model = LanguageModel(len(text.alphabet), args, ranks.mesh)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(text.ids)} characters, {len(text.alphabet)} distinct; {parameters} parameters", flush=True)
     history: list[Step] = []
-    with progress(args.steps) as report:
-        for result in train(model, text, args):
-            history.append(result)
-            report(len(history), result)
-    if args.plot:
-        plot(history, args)
-    if args.sample:
-        print(sample(model, text, args.sample, args))
-    print(f"final loss: {history[-1].loss:.4f}")
+    if ranks.rank == 0:
+        print(f"{len(text.ids)} characters, {len(text.alphabet)} distinct; {parameters} parameters", flush=True)
+    with progress(args.steps) if ranks.rank == 0 else nullcontext(history.count) as report:
+        started = time.perf_counter()
+        try:
+            for result in train(model, text, args, ranks):
+                history.append(result)
+                report(result)
+                started = time.perf_counter()
+        except RuntimeError as error:
+            if ranks.world == 1:
+                raise
+            seconds = time.perf_counter() - started
+            print(f"rank {ranks.rank}, {seconds:.2f} s after its last step: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # the others are gone: nothing is left to be agreed on
+    written = sample(model, text, args.sample, args) if args.sample else ""
+    if ranks.rank == 0:
+        if args.plot:
+            plot(history, args)
+        if args.sample:
+            print(written)
+        print(f"final loss: {history[-1].loss:.4f}")
+    ranks.close()
 
 
 if __name__ == "__main__":

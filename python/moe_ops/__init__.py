@@ -9,14 +9,14 @@ dispatch is plan and permute; moe_mlp is the fused path from tokens to tokens.
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from moe_ops import losses, nn, reference
+from moe_ops import expert_parallel, losses, nn, reference
 from moe_ops.config import MoEConfig
-from moe_ops.functional import dispatch, moe_mlp
+from moe_ops.functional import combine, dispatch, moe_mlp
 from moe_ops.monitor import RouterHealth, RouterReplay
 from moe_ops.numerics import is_batch_invariant, set_batch_invariant
-from moe_ops.ops import combine, grouped_gemm, permute, plan, route
+from moe_ops.ops import grouped_gemm, permute, plan, route
 from moe_ops.packing import prepack
-from moe_ops.types import PackedWeight, Plan, RouteResult
+from moe_ops.types import ExpertParallelPlan, PackedWeight, Plan, RouteResult
 
 from moe_ops import _C as _C  # isort: skip  # after ops, which loads the libraries it needs
 
@@ -32,6 +32,7 @@ except PackageNotFoundError:
     __version__ = "0.0.0"  # compiled in place, not installed
 
 __all__ = [
+    "ExpertParallelPlan",
     "MoEConfig",
     "PackedWeight",
     "Plan",
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "combine",
     "dispatch",
+    "expert_parallel",
     "grouped_gemm",
     "is_batch_invariant",
     "losses",

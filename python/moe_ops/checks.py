@@ -217,15 +217,13 @@ def copied(op: str, name: str, value: Any) -> None:
         floats(op, f"{name}, which requires a gradient,", value, "[tokens, hidden]", 2)
 
 
-def dispatch(x: Any, experts: Any, group: Any) -> None:
+def dispatch(x: Any, experts: Any) -> None:
     """What plan does not ask of dispatch's arguments."""
     if experts.shape[0] != x.shape[0]:
         raise ValueError(
             f"dispatch: experts must be of as many tokens as x has ({x.shape[0]}), got {list(experts.shape)}"
         )
     same_device("dispatch", "experts", experts, "x", x)
-    if group is not None:
-        raise ValueError(f"dispatch: group must be None (expert parallelism is not in this version), got {kind(group)}")
 
 
 def grouped_gemm(a: Any, weight: Any, offsets: Any, bias: Any, row_slot: Any, slot_row: Any) -> None:

@@ -1,14 +1,41 @@
-"""What is composed of the five verbs: dispatch, from tokens to rows, and moe_mlp, from tokens to tokens."""
+"""What is composed of the five verbs: dispatch, from tokens to rows; combine, back; moe_mlp, from tokens to tokens."""
+
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from moe_ops import autocast, checks, numerics, packing
+from moe_ops import autocast, checks, exchange, numerics, ops, packing
 from moe_ops.autograd import call
 from moe_ops.packing import operand
-from moe_ops.types import PackedWeight, Plan
+from moe_ops.types import ExpertParallelPlan, PackedWeight, Plan
 
 
+@overload
+def dispatch(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = ...,
+    drop_policy: str = ...,
+    weights: Tensor | None = ...,
+    group: None = ...,
+) -> tuple[Tensor, Plan]: ...
+@overload
+def dispatch(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = ...,
+    drop_policy: str = ...,
+    weights: Tensor | None = ...,
+    group: Any,
+    mode: Literal["exact", "bounded"] = ...,
+    rows_per_peer: int | None = ...,
+    name: str | None = ...,
+) -> tuple[Tensor, ExpertParallelPlan]: ...
 def dispatch(
     x: Tensor,
     experts: Tensor,
@@ -17,30 +44,77 @@ def dispatch(
     capacity: int | None = None,
     drop_policy: str = "position",
     weights: Tensor | None = None,
-    group: None = None,
-) -> tuple[Tensor, Plan]:
+    group: Any = None,
+    mode: str = "exact",
+    rows_per_peer: int | None = None,
+    name: str | None = None,
+) -> tuple[Tensor, Plan | ExpertParallelPlan]:
     """Plans, then permutes: the tokens' rows in expert order, and the plan that combine takes back.
 
+    With a process group of W ranks, rank r owns the experts r * ceil(E / W) .. (r + 1) * ceil(E / W), the last ranks
+    fewer or none, and gets the rows of all ranks' tokens for them; every rank must call. A token that needs several
+    experts of one rank travels there once. Rows of one expert stand in the order of ranks, then of slots, as on one
+    rank that has all tokens, and capacity drops what it would drop there.
+
+    mode "exact" exchanges the counts first and reads them, the only host synchronisation: R is then known to the host,
+    of unbacked size under torch.compile. "bounded" gives each rank room for rows_per_peer tokens of each: shapes are
+    static, nothing waits for the device, and rows from offsets[E_local] on are zeros.
+
     Args:
-        x: [T, H], as permute takes it.
-        experts, num_experts, capacity, drop_policy, weights: as plan takes them.
-        group: the process group to exchange rows with: None, as expert parallelism is not in this version.
+        x: [T, H], as permute takes it. With a group T may differ between ranks, in bounded mode only where
+            rows_per_peer is given.
+        experts, num_experts, capacity, drop_policy: as plan takes them.
+        weights: as plan takes them. With a group they travel along and combine needs none.
+        group: the process group to exchange rows with, or a DeviceMesh of one dimension. None: no exchange.
+        mode: "exact" or "bounded".
+        rows_per_peer: of bounded mode, the same on every rank; None: T, which is always enough. Further rows are
+            dropped and counted in plan.dropped.
+        name: of the layer, in errors of the exchange.
 
     Returns:
-        (rows [R, H], plan).
+        (rows [R, H], plan): a Plan, with a group an ExpertParallelPlan.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; ranks disagree.
+        RuntimeError: the exchange failed: a rank died, or did not answer within the timeout of the group.
     """
     checks.no_tangents("dispatch", x)
     checks.copied("dispatch", "x", x)
     policy = checks.option("dispatch", "drop_policy", drop_policy, checks.DROP_POLICIES)
     checks.plan("dispatch", experts, num_experts, capacity, policy, weights)
-    checks.dispatch(x, experts, group)
+    checks.dispatch(x, experts)
     if not torch.compiler.is_compiling():
         checks.slots("dispatch", "experts", experts.numel())
+    if group is not None:
+        return exchange.dispatch(
+            x, experts, num_experts, capacity, drop_policy, weights, group, mode, rows_per_peer, name
+        )
     plan = Plan(*torch.ops.moe_ops.plan(experts, num_experts, capacity, policy, weights))
     return call(torch.ops.moe_ops.permute, x, plan.row_slot, plan.slot_row), plan
+
+
+def combine(rows: Tensor, weights: Tensor | None, plan: Plan | ExpertParallelPlan) -> Tensor:
+    """Sums each token's rows: y[t] = sum over k of weights[t, k] * rows[plan.slot_row[t, k]].
+
+    Dropped slots count nothing. Sums in float32 (float64 for float64) in the order of k and rounds once. With the plan
+    of a dispatch over a group, every rank sums what it has of a token, rounds, and sends that back; the sum of those
+    is rounded again.
+
+    Args:
+        rows: [R, H], any float dtype.
+        weights: [T, K], any float dtype; None: a plain sum, or with the weights that dispatch was given with a group.
+        plan: of the same R rows.
+
+    Returns:
+        [T, H], the dtype of rows.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        RuntimeError: the exchange failed.
+    """
+    if isinstance(plan, ExpertParallelPlan):
+        return exchange.combine(rows, weights, plan)
+    return ops.combine(rows, weights, plan)
 
 
 def moe_mlp(

@@ -33,6 +33,37 @@ class Plan(NamedTuple):
         return self.row_slot // max(self.slot_row.shape[1], 1)
 
 
+class ExpertParallelPlan(NamedTuple):
+    """Where the rows of a dispatch over a process group stand, here and on the way back.
+
+    N tokens have come to this rank, each once; E_local experts are its own.
+
+    Attributes:
+        offsets: [E_local + 1] int32, exclusive prefix: the rows of local expert e are offsets[e] .. offsets[e + 1].
+        counts: [E_local] int32, rows per local expert after drops.
+        received: the Plan of the N tokens that came: slot_row [N, K], row_slot [R].
+        sent: the Plan of this rank's tokens over ranks: slot_row [T, K], row_slot [S]; one row per token and rank.
+        weights: [N, K] float32 or float64, the received tokens' weights, where dispatch was given any.
+        dropped: [] int64, rows of this rank that did not fit in a bounded exchange; 0 in an exact one.
+        send, receive: rows to and from each rank.
+        group, rank, world: the name of the process group, this rank in it, and its size.
+        name: of the layer, in errors.
+    """
+
+    offsets: torch.Tensor
+    counts: torch.Tensor
+    received: Plan
+    sent: Plan
+    weights: torch.Tensor | None
+    dropped: torch.Tensor
+    send: list[int]
+    receive: list[int]
+    group: str
+    rank: int
+    world: int
+    name: str | None
+
+
 class RouteResult(NamedTuple):
     """What route returns with stats=True. Real tensors are float32, or float64 for float64 logits.
 

@@ -8,10 +8,11 @@ from moe_ops.nn import init
 from moe_ops.nn.balancing import LossFreeBalancing
 from moe_ops.nn.cascade import Cascade
 from moe_ops.nn.expert_choice import ExpertChoiceRouter
+from moe_ops.nn.expert_parallel import ExpertParallelExperts
 from moe_ops.nn.experts import Experts
 from moe_ops.nn.hashing import HashRouter, balanced_table
 from moe_ops.nn.hierarchical import HierarchicalRouter
-from moe_ops.nn.moe import MoE
+from moe_ops.nn.moe import ExpertParallelMoE, MoE
 from moe_ops.nn.noisy import NoisyTopKRouter
 from moe_ops.nn.router import Router
 from moe_ops.nn.router_base import LinearRouter, RouterBase
@@ -23,6 +24,8 @@ from moe_ops.nn.zero_computation import ZeroComputationExperts
 __all__ = [
     "Cascade",
     "ExpertChoiceRouter",
+    "ExpertParallelExperts",
+    "ExpertParallelMoE",
     "Experts",
     "GradientSmoothing",
     "HashRouter",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, checks, functional, module_checks, packing, reference
+from moe_ops.expert_parallel.sharding import each_expert
 from moe_ops.types import PackedWeight, Plan
 
 IMPLS = {"moe_ops": 0, "naive": 1}
@@ -69,7 +70,7 @@ class Experts(torch.nn.Module):
         self.weight_on, self.impl = weight_on, impl
 
         def parameter(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            return torch.nn.Parameter(self._empty(shape, device, dtype))
 
         pre = 2 * inner if gated else inner
         self.w_in = parameter(num_experts, pre, hidden)
@@ -78,13 +79,18 @@ class Experts(torch.nn.Module):
         self.b_out = parameter(num_experts, hidden) if bias else None
         self.reset_parameters()
 
+    def _empty(self, shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> Tensor:
+        """Memory for a weight [num_experts, ...]."""
+        return torch.empty(shape, device=device, dtype=dtype)
+
     def reset_parameters(self) -> None:
         """Draws the weights anew; biases become zero."""
         for weight in (self.w_in, self.w_out):
             if isinstance(weight, PackedWeight):
                 raise RuntimeError("Experts: weights that were prepacked cannot be drawn anew")
             bound = weight.shape[-1] ** -0.5
-            torch.nn.init.uniform_(weight, -bound, bound)
+            for expert in each_expert(weight.detach()):
+                torch.nn.init.uniform_(expert, -bound, bound)
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 torch.nn.init.zeros_(bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks, module_checks
+from moe_ops.expert_parallel.sharding import each_expert
 from moe_ops.nn.experts import Experts
 from moe_ops.nn.router_base import LinearRouter
 
@@ -27,7 +28,9 @@ def truncated_normal_(weight: Tensor, *, scale: float = 0.1) -> Tensor:
     if weight.dim() == 0 or weight.shape[-1] == 0:
         raise ValueError(f"{op}: weight must be [..., fan_in] with fan_in of 1 or more, got shape {list(weight.shape)}")
     deviation = (checks.number(op, "scale", scale, positive=True) / weight.shape[-1]) ** 0.5
-    return torch.nn.init.trunc_normal_(weight, 0.0, deviation, -2 * deviation, 2 * deviation)
+    for part in each_expert(weight) if weight.dim() > 2 else [weight]:
+        torch.nn.init.trunc_normal_(part, 0.0, deviation, -2 * deviation, 2 * deviation)
+    return weight
 
 
 @torch.no_grad()
@@ -61,9 +64,11 @@ def upcycle_(experts: Experts, w_in: Tensor, w_out: Tensor, *, noise: float = 0.
         target = getattr(experts, name)
         checks.floats(op, name, value, "[out, in]", 2)
         checks.shape(op, name, value, "[out, in]", tuple(target.shape[1:]))
-        target.copy_(value.expand_as(target))
-        if noise:
-            target.add_(torch.randn_like(target), alpha=noise * value.float().std().item())
+        deviation = noise * value.float().std().item() if noise else 0.0
+        for expert in each_expert(target):
+            expert.copy_(value)
+            if noise:
+                expert.add_(torch.randn_like(expert), alpha=deviation)
     for bias in (experts.b_in, experts.b_out):
         if bias is not None:
             bias.zero_()

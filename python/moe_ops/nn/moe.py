@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks, module_checks
+from moe_ops.expert_parallel.sharding import ep_mesh
+from moe_ops.nn.expert_parallel import OPTIONS as EXCHANGE
+from moe_ops.nn.expert_parallel import ExpertParallelExperts
 from moe_ops.nn.experts import Experts
 from moe_ops.nn.router import Router
 from moe_ops.nn.router_base import RouterBase
@@ -32,6 +35,8 @@ class MoE(torch.nn.Module):
         capacity_factor: every expert takes at most ceil(capacity_factor · tokens · top_k / num_experts) rows, the rest
             of its slots are dropped (Fedus et al. 2022); None for no limit.
         drop_policy: which slots are dropped, as in `moe_ops.plan`.
+        mesh: a DeviceMesh with a dimension named "ep", over whose ranks the routed experts are spread; see
+            `ExpertParallelMoE`. Its options mode, chunks, gradients and name are then keywords too. None: one rank.
         options: every further keyword is an option of `Experts` (activation, gated, bias, impl, ...), for the routed
             and the shared expert alike; weight_on is that of the routed ones.
     """
@@ -51,6 +56,7 @@ class MoE(torch.nn.Module):
         capacity_factor: float | None = None,
         drop_policy: str = "position",
         weight_on: str = "output",
+        mesh: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -80,16 +86,28 @@ class MoE(torch.nn.Module):
             return torch.nn.Linear(wide, out, bias=False, device=device, dtype=dtype)
 
         self.hidden, self.drop_policy = hidden, drop_policy
+        exchange = {name: options.pop(name) for name in EXCHANGE if name in options}
         options = {**options, "device": device, "dtype": dtype}
         self.router = router
         self.capacity_factor = capacity_factor
-        self.experts = Experts(num_experts, latent or hidden, inner, weight_on=weight_on, **options)
+        if mesh is None:
+            if exchange:
+                raise ValueError(f"MoE: {next(iter(exchange))} must not be given without mesh, got mesh=None")
+            self.experts = Experts(num_experts, latent or hidden, inner, weight_on=weight_on, **options)
+        else:
+            exchange |= {"mesh": mesh, "weight_on": weight_on}
+            self.experts = ExpertParallelExperts(num_experts, latent or hidden, inner, **exchange, **options)
         self.zero_computation = zero_computation
         self.latent_in = linear(hidden, latent) if latent else None
         self.latent_out = linear(latent, hidden) if latent else None
         # One expert that every token chooses: the same formula, and the same memory law, as the routed ones.
         self.shared = Experts(1, hidden, shared_inner, **options) if shared_inner else None
         self.shared_gate = linear(hidden, 1) if shared_gate else None
+        if isinstance(self.experts, ExpertParallelExperts):
+            self.experts.agree(
+                hidden=hidden, latent=latent, router=type(router).__name__, routed=routed, top_k=top_k,
+                shared_inner=shared_inner, shared_gate=shared_gate,
+            )  # fmt: skip
 
     @property
     def capacity_factor(self) -> float | None:
@@ -169,15 +187,21 @@ class MoE(torch.nn.Module):
         else:
             weights, experts = self.router(tokens, token_ids=token_ids)
         inputs = tokens if self.latent_in is None else _linear(self.latent_in, tokens)
-        capacity, plan = self.capacity(tokens.shape[0]), self.router.plan(experts)
+        options: dict[str, Any] = {"capacity": self.capacity(tokens.shape[0]), "drop_policy": self.drop_policy}
+        shared = None if self.shared is None else lambda: self._shared(tokens)
+        if isinstance(self.experts, ExpertParallelExperts):
+            if self.latent_out is None:  # the shared expert works while rows travel
+                options["shared"], shared = shared, None
+        else:
+            options["plan"] = self.router.plan(experts)
         # plan (but for a router's own), permute, grouped_gemm, grouped_gemm and combine, in one.
-        y = self.experts(inputs, weights, experts, capacity=capacity, drop_policy=self.drop_policy, plan=plan)
+        y = self.experts(inputs, weights, experts, **options)
         if self.latent_out is not None:
             y = _linear(self.latent_out, y)
         if self.zero_computation is not None:  # their ids are out of range, and so dropped, for self.experts
             y = y + self.zero_computation(tokens, weights, experts, self.experts.num_experts).to(y.dtype)
-        if self.shared is not None:
-            y = y + self.shared(tokens, *self._shared_route(tokens))
+        if shared is not None:
+            y = y + shared()
         y = y.reshape(x.shape)
         return y if route is None else (y, route)
 
@@ -188,12 +212,45 @@ class MoE(torch.nn.Module):
                 experts.prepack(dtype=dtype)
         return self
 
-    def _shared_route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and experts, both [tokens, 1], that send every token to the shared expert."""
+    def _shared(self, tokens: Tensor) -> Tensor:
+        """What the shared expert, which every token chooses, makes of tokens [tokens, hidden]."""
+        assert self.shared is not None
         experts = torch.zeros(tokens.shape[0], 1, dtype=torch.int32, device=tokens.device)
         if self.shared_gate is None:
-            return torch.ones_like(experts, dtype=torch.float32), experts
-        return torch.sigmoid(_linear(self.shared_gate, tokens)), experts
+            weights = torch.ones_like(experts, dtype=torch.float32)
+        else:
+            weights = torch.sigmoid(_linear(self.shared_gate, tokens))
+        y: Tensor = self.shared(tokens, weights, experts)
+        return y
+
+
+class ExpertParallelMoE(MoE):
+    """An `MoE` whose routed experts are spread over the ranks of a mesh: `MoE(..., mesh=mesh)` by its name.
+
+        mesh = init_device_mesh("cuda", (dp, ep), mesh_dim_names=("dp", "ep"))
+        layer = ExpertParallelMoE(hidden, inner, num_experts, top_k, mesh=mesh)
+
+    Rank r of W of the dimension "ep" has the experts r · ceil(E/W) to (r + 1) · ceil(E/W), as DTensors: see
+    `ExpertParallelExperts`. Router, shared expert and projections are ordinary parameters, which every rank has whole:
+    average their gradients with DistributedDataParallel, after `moe_ops.expert_parallel.ignore_in_ddp`, or FSDP2.
+
+    Every rank routes its own tokens, and all ranks of the dimension must call, with as many tokens as each has. What
+    `return_route` gives is of the rank's own tokens, nothing is reduced: `losses.load_balancing(route, group=group)`
+    and `LossFreeBalancing(model, group=group)` sum the counts over ranks. capacity_factor is of the rank's own tokens
+    too: every expert takes so many rows from each rank.
+
+    Args:
+        mesh: a DeviceMesh with a dimension named "ep".
+        mode, chunks, gradients, name: see `ExpertParallelExperts`.
+        Others: as in `MoE`; impl must be "moe_ops".
+
+    Building is collective, as in `ExpertParallelExperts`. A rank that dies, hangs or disagrees later is an exception on
+    every other one within the timeout of the process group; it names the operation and the layer.
+    """
+
+    def __init__(self, hidden: int, inner: int, num_experts: int, top_k: int, *, mesh: Any, **options: Any) -> None:
+        ep_mesh("ExpertParallelMoE", mesh)
+        super().__init__(hidden, inner, num_experts, top_k, mesh=mesh, **options)
 
 
 def _linear(layer: torch.nn.Module, x: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""The exchange of rows between the ranks of a process group: what dispatch and combine do beyond one rank."""
+
+from moe_ops.exchange.verbs import combine, dispatch
+
+__all__ = ["combine", "dispatch"]

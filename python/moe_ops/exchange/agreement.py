@@ -1,0 +1,85 @@
+"""The counts that ranks tell each other before rows travel, and a hash of what they must agree on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from moe_ops.exchange.failure import failed
+from moe_ops.exchange.wire import Wire
+
+MAX_CHUNKS = 32  # the message has one size, so that ranks that disagree on chunks still understand each other
+
+
+def exchange_counts(counts: Tensor, config: dict[str, Any], wire: Wire) -> tuple[list[Any], list[Any]]:
+    """Tells each rank how much it will get, and compares the configuration. The one host synchronisation.
+
+    Args:
+        counts: [W, N] int64, N numbers for each rank.
+        config: what all ranks must agree on, by name.
+
+    Returns:
+        (sent, received): what counts holds, and what came: for each of the N numbers its W values, as ints.
+
+    Raises:
+        ValueError: the configurations differ, on every rank.
+        RuntimeError: the exchange failed.
+    """
+    told = "\n".join(f"{name}={value}" for name, value in config.items())
+    if torch.compiler.is_compiling():
+        both = torch.ops.moe_ops_exchange.counts(counts, told, *wire)
+    else:
+        both = _exchange(counts, told, *wire)
+    sent, received = both.transpose(1, 2).tolist()
+    for row in (*sent, *received):
+        for value in row:
+            torch._check(value >= 0)
+    return sent, received
+
+
+def _exchange(counts: Tensor, told: str, group: str, rank: int, world: int, label: str) -> Tensor:
+    """[2, W, N] int64 on the CPU: counts, and what came."""
+    wire = Wire(group, rank, world, label)
+    each = counts.shape[1]
+    message = counts.new_zeros(world, 1 + 2 * MAX_CHUNKS)
+    digest = int.from_bytes(hashlib.blake2b(told.encode(), digest_size=7).digest(), "little")
+    message[:, 0] = digest
+    message[:, 1 : 1 + each] = counts
+    answer = torch.empty_like(message)
+    resolved = getattr(distributed_c10d, "_resolve_process_group")(group)
+    try:
+        dist.all_to_all_single(answer, message, group=resolved)
+        both = torch.stack([message, answer]).cpu()
+    except RuntimeError as error:
+        raise failed(wire, error) from error
+    if bool((both[1, :, 0] != digest).any()):
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, told, group=resolved)
+        raise ValueError(f"{label}: all ranks must agree, got {_differences(everyone)}")
+    return both[:, :, 1 : 1 + each].contiguous()
+
+
+def _differences(everyone: list[str]) -> str:
+    said = [dict(line.split("=", 1) for line in each.splitlines()) for each in everyone]
+    texts = []
+    for name in dict.fromkeys(name for each in said for name in each):
+        values: dict[str, list[str]] = {}
+        for rank, each in enumerate(said):
+            values.setdefault(each.get(name, "nothing"), []).append(str(rank))
+        if len(values) > 1:
+            whose = (f"{value} on rank{'s' * (len(on) > 1)} {', '.join(on)}" for value, on in values.items())
+            texts.append(f"{name} " + " and ".join(whose))
+    return "; ".join(texts)
+
+
+_counts = torch.library.custom_op("moe_ops_exchange::counts", _exchange, mutates_args=())
+
+
+@_counts.register_fake
+def _(counts: Tensor, told: str, group: str, rank: int, world: int, label: str) -> Tensor:
+    return counts.new_empty(2, *counts.shape, device="cpu")
