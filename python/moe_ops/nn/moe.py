@@ -248,9 +248,7 @@ class ExpertParallelMoE(MoE):
     every other one within the timeout of the process group; it names the operation and the layer.
     """
 
-    def __init__(
-        self, hidden: int, inner: int, num_experts: int, top_k: int, *, mesh: Any, **options: Any
-    ) -> None:
+    def __init__(self, hidden: int, inner: int, num_experts: int, top_k: int, *, mesh: Any, **options: Any) -> None:
         ep_mesh("ExpertParallelMoE", mesh)
         super().__init__(hidden, inner, num_experts, top_k, mesh=mesh, **options)
 
