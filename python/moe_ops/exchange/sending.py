@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from moe_ops import ops
-from moe_ops.exchange.wire import Flight, Splits, Wire, arrive, finish, leave, start
 from moe_ops.types import Plan
 
 
@@ -35,21 +34,20 @@ class Outgoing(NamedTuple):
 
 
 def outgoing(experts: Tensor, num_experts: int, world: int, capacity: int | None = None) -> Outgoing:
-    """Plans the rows [T, K] experts send to each of W ranks."""
+    """Plans the rows that experts [T, K] send to each of W ranks."""
     each = -(-num_experts // world)
     experts = torch.where((experts >= 0) & (experts < num_experts), experts, -1).int()
     ranks = experts.div(each, rounding_mode="floor")  # [T, K]; -1 stays
     again = (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(2)  # an earlier slot goes to this rank
     once = ranks.masked_fill(again, -1)
-    plan = ops.plan(once, num_experts=world, capacity=capacity)
-    slots = plan.counts.new_zeros(world + 1, dtype=torch.int64)
-    slots = slots.index_add(0, ranks.flatten().long() + 1, slots.new_ones(()).expand(ranks.numel()))
-    return Outgoing(experts, plan, torch.stack([plan.counts.long(), slots[1:]], 1), (once >= 0).sum())
+    plan = ops.plan(once, world, capacity=capacity)
+    slots = ops.plan(ranks, world).counts
+    return Outgoing(experts, plan, torch.stack([plan.counts, slots], 1).long(), (once >= 0).sum())
 
 
 def trimmed(plan: Plan, rows: int) -> Plan:
     """The plan without the dropped rows behind its last expert."""
-    return plan._replace(row_slot=plan.row_slot[:rows])
+    return plan._replace(row_slot=plan.row_slot.narrow(0, 0, rows))
 
 
 def padded(plan: Plan, rows: int) -> Plan:
@@ -65,54 +63,3 @@ def padded(plan: Plan, rows: int) -> Plan:
     slot_row = torch.where(plan.slot_row >= 0, plan.slot_row + shift[rank], -1).int()
     offsets = torch.arange(world + 1, device=rank.device, dtype=torch.int32) * rows
     return Plan(offsets, row_slot, slot_row, plan.counts)
-
-
-class Cargo(NamedTuple):
-    """Tokens in flight, with the experts and weights of each beside them."""
-
-    rows: Flight
-    labels: Flight
-    weights: Tensor | None
-
-
-def send(x: Tensor, experts: Tensor, weights: Tensor | None, plan: Plan, wire: Wire, splits: Splits) -> Cargo:
-    """Starts the exchange of tokens x, and beside each row its token's experts and weights, as int32 side by side."""
-    labels = ops.permute(experts + 1, plan) - 1  # fillers come out as -1
-    left = None
-    if weights is not None:
-        left = ops.permute(weights, plan)
-        labels = torch.cat([labels, left.detach().view(torch.int32)], 1)
-        left = leave(left, wire)
-    labels_flight = start(labels, wire, splits)
-    return Cargo(start(ops.permute(x, plan), wire, splits), labels_flight, left)
-
-
-def receive(cargo: Cargo, top_k: int, wire: Wire, splits: Splits) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(rows [N, H], experts [N, K], weights [N, K] or None), as they have arrived."""
-    labels = finish(cargo.labels, wire, splits)
-    weights = None
-    if cargo.weights is not None:
-        weights = labels[:, top_k:].clone(memory_format=torch.contiguous_format).view(cargo.weights.dtype)
-        weights = arrive(cargo.weights, weights, wire, splits)
-    return finish(cargo.rows, wire, splits), labels[:, :top_k], weights
-
-
-def local_plan(
-    experts: Tensor,
-    num_experts: int,
-    wire: Wire,
-    capacity: int | None = None,
-    drop_policy: str = "position",
-    weights: Tensor | None = None,
-) -> Plan:
-    """Plans received tokens over this rank's experts: slots of other ranks' experts are out of range, and so dropped.
-
-    Rows come in the order of ranks, so that capacity drops what one rank with all tokens would.
-    """
-    first, last = owned(num_experts, wire.rank, wire.world)
-    mine = max(last - first, 1)
-    weights = None if weights is None else weights.detach()
-    plan = ops.plan(experts - first, mine, capacity=capacity, drop_policy=drop_policy, weights=weights)
-    if last > first:
-        return plan
-    return plan._replace(offsets=plan.offsets[:1], counts=plan.counts[:0])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ops import checks
 from moe_ops.exchange.failure import failed
@@ -43,7 +44,7 @@ class Splits(NamedTuple):
 
 def wire_of(op: str, group: Any, name: str | None) -> Wire:
     """The process group of an argument, which may be a DeviceMesh of one dimension."""
-    if isinstance(group, dist.DeviceMesh):
+    if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a DeviceMesh of one dimension, got one of {group.ndim}")
         group = group.get_group()

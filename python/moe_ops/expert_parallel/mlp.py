@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, checks, functional, ops
-from moe_ops.exchange import verbs as across
-from moe_ops.exchange.agreement import MAX_CHUNKS, exchange_counts
-from moe_ops.exchange.sending import Cargo, local_plan, outgoing, owned, receive, send, trimmed
-from moe_ops.exchange.wire import Splits, Wire, finish, start, wire_of
-from moe_ops.types import PackedWeight, Plan
+from moe_ops.exchange.agreement import MAX_CHUNKS
+from moe_ops.exchange.cargo import receive, send
+from moe_ops.exchange.legs import config_of, legs, needs_gradient
+from moe_ops.exchange.sending import owned
+from moe_ops.exchange.verbs import as_sent
+from moe_ops.exchange.wire import finish, start, wire_of
+from moe_ops.packing import operand
+from moe_ops.types import PackedWeight
 
 OP = "expert_parallel.moe_mlp"
 
@@ -31,73 +34,117 @@ def moe_mlp(
     rows_per_peer: int | None = None,
     chunks: int = 1,
     shared: Callable[[], Tensor] | None = None,
-    capacity: int | None = None,
-    drop_policy: str = "position",
     name: str | None = None,
+    activation: str = "silu",
+    gated: bool = True,
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
-    **options: Any,
+    layout: str = "concatenated",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+    weight_on: str = "output",
+    capacity: int | None = None,
+    drop_policy: str = "position",
 ) -> Any:
-    """`moe_ops.moe_mlp` with the experts spread over ranks."""
+    """`moe_ops.moe_mlp` with the experts spread over W ranks: y of this rank's tokens. Every rank must call.
+
+    Rank r owns the experts r * ceil(E / W) .. (r + 1) * ceil(E / W), the last ranks fewer or none. A token travels once
+    to each rank that has experts of it; there the grouped GEMM reads it in place, its outputs are summed with their
+    weights in float32 (float64 for float64) and rounded, and one row comes back; the sum of those is rounded again.
+
+    Ranks may have any numbers of tokens; those that have none call, too. Backward exchanges by the counts of forward.
+    For a fixed W two runs are bitwise equal.
+
+    Args:
+        x: [T, H], any float dtype, as it travels; under autocast that of autocast.
+        weights: [T, K], any float dtype.
+        experts: [T, K] int32 or int64, of all E experts; ids outside 0..E-1 are dropped slots.
+        w_in, w_out, b_in, b_out: of this rank's own experts, as moe_ops.moe_mlp takes them, E_local = 0 included.
+        group: a ProcessGroup, or a DeviceMesh of one dimension.
+        num_experts: E, over all ranks.
+        mode: "exact": counts are exchanged and read first, the only host synchronisation, and everything that must be
+            the same on all ranks is compared. "bounded": room for rows_per_peer tokens from each rank to each, static
+            shapes, no synchronisation, nothing compared.
+        rows_per_peer: of bounded mode, over all chunks; the same on every rank. None: as many as x has, which is always
+            enough and asks for the same T on every rank. Tokens that do not fit lose their experts of that rank.
+        chunks: 1 to 32: the tokens travel and are computed in so many parts, the exchange of one behind the GEMMs of
+            another.
+        shared: called while the first tokens travel; what it returns, [T, H], is added.
+        name: of the layer, in errors of the exchange.
+        activation, gated, layout, alpha, limit, up_offset, weight_on: as in moe_ops.moe_mlp.
+        capacity, drop_policy: as moe_ops.plan takes them, of the tokens of all ranks, in the order of ranks: what one
+            rank with all of them would drop. Needs chunks = 1.
+
+    Returns:
+        [T, H], the dtype of x; where rows_per_peer is given a pair of it and dropped [] int64, how many rows of this
+        rank's tokens did not fit.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; in exact mode on every
+            rank, where they disagree.
+        RuntimeError: the exchange failed: a rank died, or did not answer within the timeout of the group.
+    """
     wire = wire_of(OP, group, name)
+    checks.no_tangents(OP, x, weights, w_in, w_out, b_in, b_out)
+    checks.integer(OP, "num_experts", num_experts, 1, checks.MAX_INT32 - 1)
     checks.integer(OP, "chunks", chunks, 1, MAX_CHUNKS)
+    if capacity is not None:
+        checks.integer(OP, "capacity", capacity, 0, checks.MAX_INT64)
+        if chunks != 1:
+            raise ValueError(f"{OP}: chunks must be 1 where a capacity is given, got {chunks}")
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
-    bounded = across.bounded_rows(OP, mode, rows_per_peer, -(-x.shape[0] // chunks))
-    travelling = across.in_compute_dtype(weights, x)
-    parts = list(
-        zip(
-            x.tensor_split(chunks),
-            experts.tensor_split(chunks),
-            travelling.tensor_split(chunks),
-            strict=True,
-        )
-    )
-    cargo = []
-    if bounded is None:
-        outs = [outgoing(ids, num_experts, wire.world) for _, ids, _ in parts]
-        config = {
-            **across.config_of(x, experts, num_experts, weights),
-            "chunks": chunks,
-            "capacity": capacity,
-            "drop_policy": drop_policy,
-            "options": options,
-        }
-        sent, received = exchange_counts(torch.cat([out.counts for out in outs], 1), config, wire)
-        for i, out in enumerate(outs):
-            splits = Splits(sent[2 * i], received[2 * i])
-            cargo.append((out, trimmed(out.plan, sum(splits.send)), splits, sum(received[2 * i + 1])))
-        dropped = None
-    else:
-        dropped = 0
-        for _, ids, _ in parts:
-            out, plan, splits, lost = across.bounded_plan(ids, num_experts, wire, bounded)
-            cargo.append((out, plan, splits, None))
-            dropped = dropped + lost
+    own = _check(x, weights, experts, w_in, w_out, gated, b_in, b_out, num_experts, owned(num_experts, *wire[1:3]))
+    options: dict[str, Any] = {
+        "activation": activation,
+        "gated": gated,
+        "layout": layout,
+        "alpha": alpha,
+        "limit": limit,
+    }
+    options |= {"up_offset": up_offset, "weight_on": weight_on}
+    weights = as_sent(weights, x)
+    config = {**config_of(x, weights), **options, **own, "capacity": capacity, "drop_policy": drop_policy}
+    tokens, routes = x.tensor_split(chunks), weights.tensor_split(chunks)
+    plans = legs(OP, experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, config)
 
-    def depart(i: int) -> Cargo:
-        tokens, _, token_weights = parts[i]
-        out, plan, splits, _ = cargo[i]
-        return send(tokens, out.experts, token_weights, plan, wire, splits)
-
-    flights = {0: depart(0)}
+    cargo = [send(tokens[0], routes[0], plans[0], wire)]
     beside = None if shared is None else shared()
-    returning = []
-    for i in range(chunks):
+    back = []
+    for i, leg in enumerate(plans):
         if i + 1 < chunks:
-            flights[i + 1] = depart(i + 1)
-        _, plan, splits, slots = cargo[i]
-        tokens, ids, token_weights = receive(flights.pop(i), experts.shape[1], wire, splits)
-        local = local_plan(ids, num_experts, wire, capacity, drop_policy, token_weights)
-        if slots is not None:
-            local = trimmed(local, slots)
-        sums = functional.moe_mlp(
-            tokens, token_weights, None, w_in, w_out, plan=local, b_in=b_in, b_out=b_out, **options
-        )
-        returning.append(start(sums, wire, splits.swapped()))
-    ys = []
-    for (_, plan, splits, _), sums in zip(cargo, returning, strict=True):
-        ys.append(ops.combine(finish(sums, wire, splits.swapped()), None, plan))
-    y = ys[0] if chunks == 1 else torch.cat(ys)
+            cargo.append(send(tokens[i + 1], routes[i + 1], plans[i + 1], wire))
+        rows, row_weights, plan = receive(cargo[i], leg, num_experts, wire, capacity, drop_policy)
+        sums = functional.moe_mlp(rows, row_weights, None, w_in, w_out, b_in=b_in, b_out=b_out, plan=plan, **options)
+        back.append(start(sums, wire, leg.splits.swapped()))
+    y = torch.cat(
+        [
+            ops.combine(finish(sums, wire, leg.splits.swapped()), None, leg.plan)
+            for sums, leg in zip(back, plans, strict=True)
+        ]
+    )
     if beside is not None:
         y = y + beside
-    return y if rows_per_peer is None else (y, dropped)
+    return y if rows_per_peer is None else (y, torch.stack([leg.dropped for leg in plans]).sum())
+
+
+def _check(
+    x: Any, weights: Any, experts: Any, w_in: Any, w_out: Any, gated: bool, b_in: Any, b_out: Any,
+    num_experts: int, own: tuple[int, int],
+) -> dict[str, Any]:  # fmt: skip
+    """Checks before the exchange what would raise behind it, where other ranks wait; returns what they must share."""
+    checks.flag(OP, "gated", gated)
+    (w_in, _), (w_out, _) = operand(w_in), operand(w_out)
+    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
+    checks.ids(OP, "experts", experts, "[tokens, top_k]", 2)
+    checks.shape(OP, "experts", experts, "[tokens, top_k]", tuple(weights.shape))
+    checks.same_device(OP, "experts", experts, "x", x)
+    first, last = own
+    if w_in.shape[0] != last - first:
+        raise ValueError(
+            f"{OP}: w_in must hold this rank's experts {first}..{last - 1} of {num_experts}, {last - first} in all, "
+            f"got {list(w_in.shape)}"
+        )
+    names = {"w_in": w_in, "w_out": w_out, "b_in": b_in, "b_out": b_out}
+    needed = [name for name, value in names.items() if needs_gradient(value)]
+    return {"inner": w_out.shape[2], "biases": (b_in is not None, b_out is not None), "gradients of": needed}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_ops import checks, expert_parallel, module_checks, ops
 from moe_ops.exchange.agreement import MAX_CHUNKS
-from moe_ops.exchange.verbs import MODES
+from moe_ops.exchange.legs import MODES
 from moe_ops.expert_parallel import sharding
 from moe_ops.expert_parallel.gradients import Scale
 from moe_ops.expert_parallel.handshake import handshake

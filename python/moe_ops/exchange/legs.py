@@ -1,0 +1,98 @@
+"""How much of a batch goes where: counts told and read in exact mode, room of one size for everybody in bounded mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_ops import checks
+from moe_ops.exchange.agreement import exchange_counts
+from moe_ops.exchange.sending import outgoing, padded, trimmed
+from moe_ops.exchange.wire import Splits, Wire
+from moe_ops.types import Plan
+
+MODES = {"exact": 0, "bounded": 1}
+
+
+class Leg(NamedTuple):
+    """One exchange of tokens.
+
+    Attributes:
+        experts: [T, K] int32, -1 where the id was out of range.
+        plan: of the T tokens over ranks; its rows are what is sent.
+        splits: how many of them go to each rank, and how many come.
+        slots: how many slots of the tokens that come are for experts of this rank; None: not known to the host.
+        dropped: [] int64, rows that did not fit.
+    """
+
+    experts: Tensor
+    plan: Plan
+    splits: Splits
+    slots: int | None
+    dropped: Tensor
+
+
+def legs(
+    op: str,
+    chunks: Sequence[Tensor],
+    num_experts: int,
+    wire: Wire,
+    mode: str,
+    rows_per_peer: int | None,
+    config: dict[str, Any],
+) -> list[Leg]:
+    """Plans the exchange of each chunk, experts [T, K].
+
+    Args:
+        mode: "exact": the ranks tell each other all chunks' counts and compare config; one host synchronisation.
+            "bounded": neither.
+        rows_per_peer: of all chunks together, in bounded mode.
+    """
+    checks.option(op, "mode", mode, MODES)
+    if mode == "bounded":
+        if rows_per_peer is None:
+            room = chunks[0].shape[0]  # the largest
+        else:
+            checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
+            room = -(-rows_per_peer // len(chunks))
+        return [_bounded(experts, num_experts, wire, room) for experts in chunks]
+    if rows_per_peer is not None:
+        raise ValueError(f"{op}: rows_per_peer must be None where mode is 'exact', got {rows_per_peer}")
+    outs = [outgoing(experts, num_experts, wire.world) for experts in chunks]
+    config = {"num_experts": num_experts, "top_k": chunks[0].shape[1], "chunks": len(chunks), **config}
+    sent, came = exchange_counts(torch.cat([out.counts for out in outs], 1), config, wire)
+    nothing = outs[0].plan.offsets.new_zeros((), dtype=torch.int64)
+    return [
+        Leg(
+            out.experts,
+            trimmed(out.plan, sum(sent[2 * i])),
+            Splits(sent[2 * i], came[2 * i]),
+            sum(came[2 * i + 1]),
+            nothing,
+        )
+        for i, out in enumerate(outs)
+    ]
+
+
+def _bounded(experts: Tensor, num_experts: int, wire: Wire, room: int) -> Leg:
+    out = outgoing(experts, num_experts, wire.world, capacity=room)
+    even = [room] * wire.world
+    return Leg(out.experts, padded(out.plan, room), Splits(even, even), None, out.wanted - out.plan.counts.sum())
+
+
+def config_of(x: Tensor, weights: Tensor | None) -> dict[str, Any]:
+    """What every rank must agree on, or the exchange would bring garbage or hang, now or in backward."""
+    return {
+        "hidden": x.shape[1],
+        "dtype of x": checks.name_of(x.dtype),
+        "dtype of weights": None if weights is None else checks.name_of(weights.dtype),
+        "gradient of x": needs_gradient(x),
+        "gradient of weights": needs_gradient(weights),
+    }
+
+
+def needs_gradient(value: Tensor | None) -> bool:
+    return value is not None and torch.is_grad_enabled() and value.requires_grad
