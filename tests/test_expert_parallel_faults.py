@@ -50,6 +50,62 @@ def test_ranks_that_disagree_are_told_so_when_the_layer_is_built():
             assert text in said[name], said[name]
 
 
+# What rank 1 does otherwise in a step, and what every rank is told.
+LATER = {
+    "dtype": ("dtype of x float32 on ranks 0, 2, 3 and bfloat16 on rank 1", lambda layer, x: layer(x.bfloat16())),
+    "chunks": ("chunks 1 on ranks 0, 2, 3 and 2 on rank 1", lambda layer, x: with_chunks(layer, x)),
+    "top_k": ("top_k 2 on ranks 0, 2, 3 and 1 on rank 1", lambda layer, x: with_top_k(layer, x)),
+    "gradients": ("gradient of x True on ranks 0, 2, 3 and False on rank 1", lambda layer, x: layer(x.detach())),
+}
+
+
+def with_chunks(layer, x):
+    layer.experts.chunks = 2
+    return layer(x)
+
+
+def with_top_k(layer, x):
+    layer.router.set_top_k(1)
+    return layer(x)
+
+
+def disagree_later():
+    """In exact mode every step compares; nothing has travelled, and the group can go on."""
+    mesh, said = mesh_of(dist.get_world_size()), {}
+    for name, (_, otherwise) in LATER.items():
+        layer = build(8, mesh, name=f"blocks.{name}")
+        x = tokens(4, dtype=torch.float32).requires_grad_()
+        layer(x).sum().backward()
+        try:
+            otherwise(layer, x) if dist.get_rank() == 1 else layer(x)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_ranks_that_disagree_later_are_told_so_before_rows_travel():
+    for said in ranks.run(4, disagree_later):
+        assert said.keys() == LATER.keys()
+        for name, (text, _) in LATER.items():
+            assert f"(blocks.{name})" in said[name]
+            assert text in said[name], said[name]
+
+
+def absent():
+    """Rank 1 builds one layer less."""
+    mesh = mesh_of(dist.get_world_size())
+    build(8, mesh)
+    if dist.get_rank() == 1:
+        return "left"
+    with pytest.raises(RuntimeError, match=r"building ExpertParallelMoE \(layer 2\).*rank 1 did not answer"):
+        build(8, mesh)
+    return "told"
+
+
+def test_a_rank_that_builds_fewer_layers_is_noticed():
+    assert ranks.run(2, absent, timeout=TIMEOUT) == ["told", "left"]
+
+
 def clock(folder, write=False):
     """When the faulty rank ended, on the clock that all processes share."""
     path = os.path.join(folder, "time")
