@@ -1,4 +1,4 @@
-"""What train_tiny_lm.py needs on several ranks: the mesh, a rank's share of the batch, checkpoints, and a fault to show."""
+"""What train_tiny_lm.py needs on several ranks: the mesh, a rank's share of the batch, checkpoints, a fault to show."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def _exchange(counts: Tensor, told: str, group: str, rank: int, world: int, labe
     message[:, 0] = digest
     message[:, 1 : 1 + each] = counts
     answer = torch.empty_like(message)
-    resolved = getattr(distributed_c10d, "_resolve_process_group")(group)
+    resolved = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
     try:
         dist.all_to_all_single(answer, message, group=resolved)
         both = torch.stack([message, answer]).cpu()
@@ -60,12 +60,13 @@ def _exchange(counts: Tensor, told: str, group: str, rank: int, world: int, labe
     if bool((both[1, :, 0] != digest).any()):
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, told, group=resolved)
-        raise ValueError(f"{label}: all ranks must agree, got {_differences(everyone)}")
+        said = [dict(line.split("=", 1) for line in each.splitlines()) for each in everyone]
+        raise ValueError(f"{label}: all ranks must agree, got {differences(said)}")
     return both[:, :, 1 : 1 + each].contiguous()
 
 
-def _differences(everyone: list[str]) -> str:
-    said = [dict(line.split("=", 1) for line in each.splitlines()) for each in everyone]
+def differences(said: list[dict[str, str]]) -> str:
+    """Which fields are not the same on all ranks, and who has what."""
     texts = []
     for name in dict.fromkeys(name for each in said for name in each):
         values: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""How much of a batch goes where: counts told and read in exact mode, room of one size for everybody in bounded mode."""
+"""How much of a batch goes where: counts told and read in exact mode, room of one size for all in bounded mode."""
 
 from __future__ import annotations
 
