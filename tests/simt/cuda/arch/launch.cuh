@@ -16,6 +16,8 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;
+  bool early = false;
 };
 
 inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
