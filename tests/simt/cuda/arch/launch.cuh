@@ -35,6 +35,7 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
   simt::run_grid({.grid = at.grid,
                   .block = at.block,
                   .shared_bytes = at.shared_bytes,
+                  .cluster = at.cluster,
                   .body =
                       [](const void* of) {
                         const auto& call = *static_cast<const Call*>(of);
