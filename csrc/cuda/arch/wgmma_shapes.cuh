@@ -14,7 +14,6 @@ namespace moe::arch {
 // d [64, n] (+)= a [64, 16] . b [n, 16]^T, in float32; the first product of a sum does not accumulate. Of the four
 // warps w holds rows 16 w..: lane l in d[4 i + j] row l / 4 + 8 (j / 2), column 8 i + 2 (l % 4) + j % 2.
 // a_across, b_across: the operand's rows in shared memory lie along M or N and not along K.
-// a in registers: a warp's 16 rows of it, as the operand of mma_16x8x16.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#wgmma-64n16-d
 template <class T, int n>
 struct Wgmma;

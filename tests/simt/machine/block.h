@@ -31,7 +31,8 @@ struct Thread {
   bool returned = false;
   AsyncCopies copies;
   BulkStores stores;
-  unsigned registers = 0;                 // that setmaxnreg left it
+  unsigned registers = 0;
+  bool registers_set = false;
   std::optional<uint64_t> cluster_phase;  // in which it has arrived
 
   // Where it last waited, and for which lanes of its warp.
@@ -70,6 +71,7 @@ class Block {
   void run();
   bool finished() const { return returned_ == threads_.size(); }
   bool progressed() const { return progressed_; }  // in the last run
+  bool can_go_on() const { return !ready_.empty(); }
   bool spins() const { return !spinning_.empty(); }
   std::string waiting() const;  // who waits where, for a message
 

@@ -27,6 +27,7 @@ class Cluster {
         progressed_ |= block.progressed();
         if (block.finished() && size() > 1) block.shared().fill();  // others do not find it any more
       }
+      for (const auto& block : blocks_) again |= block->can_go_on();  // woken by one that came later
     }
     if (!finished() && !spins()) {
       Block& block = first_unfinished();

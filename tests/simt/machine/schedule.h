@@ -214,13 +214,15 @@ inline void Block::pass_turn(const char* instruction, Where where) {
   give_turn();
 }
 
+// How many a thread has at first is the compiler's choice; as many as there are is the most.
 inline void Block::grow_registers(unsigned count, Where where) {
   Thread& self = *running_;
-  if (count < self.registers)
+  if (self.registers_set && count < self.registers)
     fail("take_registers<" + std::to_string(count) + "> of a thread that has " + std::to_string(self.registers), where);
-  while (free_registers_ < count - self.registers) wait_in(waiting_for_registers_, "take_registers", where);
-  free_registers_ -= count - self.registers;
+  while (count > self.registers + free_registers_) wait_in(waiting_for_registers_, "take_registers", where);
+  free_registers_ = free_registers_ + self.registers - count;
   self.registers = count;
+  self.registers_set = true;
 }
 
 inline void Block::shrink_registers(unsigned count, Where where) {
@@ -229,6 +231,7 @@ inline void Block::shrink_registers(unsigned count, Where where) {
     fail("give_registers<" + std::to_string(count) + "> of a thread that has " + std::to_string(self.registers), where);
   free_registers_ += self.registers - count;
   self.registers = count;
+  self.registers_set = true;
   wake(waiting_for_registers_);
 }
 
