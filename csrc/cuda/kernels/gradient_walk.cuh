@@ -12,7 +12,7 @@ inline constexpr int kMostRankedExperts = 1024;
 // In shared memory: where the rows of experts end, and the experts by their number of rows.
 struct RankedExperts {
   int32_t ends[kMostRankedExperts];
-  int16_t ranked[kMostRankedExperts];  // most rows first; of equals the lowest id
+  int32_t ranked[kMostRankedExperts];  // most rows first; of equals the lowest id
 
   __device__ int32_t begin(int expert) const { return expert > 0 ? ends[expert - 1] : 0; }
 
@@ -37,7 +37,7 @@ struct RankedExperts {
         rank += others > rows || (others == rows && other < expert);
         before = end;
       }
-      ranked[rank] = int16_t(expert);
+      ranked[rank] = expert;
     }
     arch::sync_block();  // the ranks are written
   }
