@@ -111,17 +111,14 @@ struct HopperGradSums {
     for (int i = 0; i < kBlocks; ++i) arch::wgmma_hold(values[i]);
   }
 
-  // Begins to add a step; `first_panel`: of grad, this warpgroup's.
-  MOE_INLINE void add(typename HopperGradShared<T, Config>::Stage& stage, int first_panel) {
-    const uint64_t grad = arch::wgmma_across_k(stage.grad.values[first_panel], stage.grad.kBytes);
-    const uint64_t a = arch::wgmma_across_k(stage.a.values, stage.a.kBytes);
-    constexpr uint32_t kSixteenRows = 16 * 128;  // bytes
+  // Begins to add a step, whose operands these describe: grad from this warpgroup's first panel on.
+  MOE_INLINE void add(uint64_t grad, uint64_t a) {
+    constexpr uint32_t kSixteenRows = 16 * 128, kPanel = 128 * tiles.depth;  // bytes
 #pragma unroll
     for (int k = 0; k < tiles.depth / 16; ++k)
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i)
-        arch::wgmma<T, tiles.k, true, true>(values[i],
-                                            arch::wgmma_advance(grad, i * stage.grad.kBytes + k * kSixteenRows),
+        arch::wgmma<T, tiles.k, true, true>(values[i], arch::wgmma_advance(grad, i * kPanel + k * kSixteenRows),
                                             arch::wgmma_advance(a, k * kSixteenRows));
     arch::wgmma_commit();
   }
@@ -149,27 +146,33 @@ MOE_INLINE void multiply_steps(const HopperGradLaunch& at, HopperGradShared<T, C
   Sums sums;
   StageRing<tiles.stages> ring;
   GradientWalk walk(at.tiles, shared.experts);
+  auto& first = shared.stages[0];
+  const uint64_t grad = arch::wgmma_across_k(first.grad.values[consumer * Sums::kBlocks], first.grad.kBytes);
+  const uint64_t a = arch::wgmma_across_k(first.a.values, first.a.kBytes);
   const auto release = [&](int stage) {
     if (arch::lane_id() == 0) shared.empty[stage].arrive();
   };
   while (walk.next()) {
-    if (p.accumulate && walk.rows.begin == walk.rows.end) continue;
+    const int rows = int(walk.rows.end - walk.rows.begin), steps = int(ceil_div(rows, tiles.depth));
+    if (p.accumulate && rows == 0) continue;
+    const int steps_by_tma = at.grad_by_tma && at.a_by_tma ? rows / tiles.depth : 0;
     sums.clear();
-    int before = -1;  // the stage that is still being read
-    for (int64_t row = walk.rows.begin; row < walk.rows.end; row += tiles.depth, ring.advance()) {
+    int before = 0;  // the stage that is still being read
+    for (int step = 0; step < steps; ++step) {
       shared.full[ring.stage].wait(ring.parity);
-      const bool copied = !at.grad_by_tma || !at.a_by_tma || walk.rows.end - row < tiles.depth;
-      if (copied) arch::fence_async_proxy();  // cp.async and stores are not what wgmma reads through
+      if (step >= steps_by_tma) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async and stores write
       sums.hold();
       arch::wgmma_fence();
-      sums.add(shared.stages[ring.stage], consumer * Sums::kBlocks);
+      const uint32_t bytes = uint32_t(ring.stage) * uint32_t(sizeof(first));
+      sums.add(arch::wgmma_advance(grad, bytes), arch::wgmma_advance(a, bytes));
       arch::wgmma_wait<1>();
-      if (before >= 0) release(before);
+      if (step > 0) release(before);
       before = ring.stage;
+      ring.advance();
     }
     arch::wgmma_wait<0>();
     sums.hold();
-    if (before >= 0) release(before);
+    if (steps > 0) release(before);
     const int64_t n = walk.n_tile * tiles.n + consumer * Sums::kBlocks * 64, k = walk.k_tile * tiles.k;
     if (p.out_dtype == Dtype::float32) store_sums<float>(p, walk.expert, n, k, sums);
     else store_sums<T>(p, walk.expert, n, k, sums);

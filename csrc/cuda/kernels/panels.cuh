@@ -19,8 +19,8 @@ struct Panels {
   MOE_INLINE T* at(int panel, int row, int chunk) { return values[panel][row] + (chunk ^ row % 8) * kChunk; }
 };
 
-// Rows that are gathered, scaled, or fewer than a step takes: what is not there becomes zeros, as 0 * NaN is NaN. A
-// thread of 128 copies one chunk of every 16th row in every panel.
+// Rows that are gathered, scaled, or fewer than a step takes: what is not there becomes zeros, as 0 * NaN is NaN.
+// Columns come in whole chunks; a thread of 128 copies one of every 16th row in every panel.
 template <class T, int cols, int depth>
 class PanelLoader {
  public:
@@ -40,7 +40,6 @@ class PanelLoader {
   }
 
   MOE_INLINE void load(Shared& to, int64_t row) const {
-    const int64_t left = num_cols_ - col_;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const bool there = row + row_of(i) < end_;
@@ -48,10 +47,9 @@ class PanelLoader {
       const T* const source = row_at<T>(from_, slot) + col_;
       const float scale = there ? scale_at(from_, slot) : 0;
 #pragma unroll
-      for (int panel = 0; panel < Shared::kCount; ++panel) {
-        const int valid = there ? int(max(min(left - panel * Shared::kCols, int64_t(Shared::kChunk)), int64_t(0))) : 0;
-        copy(to.at(panel, row_of(i), chunk()), source + panel * Shared::kCols, valid, scale);
-      }
+      for (int panel = 0; panel < Shared::kCount; ++panel)
+        copy(to.at(panel, row_of(i), chunk()), source + panel * Shared::kCols,
+             there && col_ + panel * Shared::kCols < num_cols_, scale);
     }
   }
 
@@ -60,15 +58,15 @@ class PanelLoader {
   static MOE_INLINE int chunk() { return int(threadIdx.x) % 8; }
   static MOE_INLINE int row_of(int i) { return int(threadIdx.x) / 8 + 16 * i; }
 
-  // A scale is applied in registers: it cannot be between TMA or cp.async and wgmma.
-  MOE_INLINE void copy(T* to, const T* from, int valid, float scale) const {
+  // A scale is applied in registers: nothing can be done to a value between TMA or cp.async and wgmma.
+  MOE_INLINE void copy(T* to, const T* from, bool there, float scale) const {
     if (!from_.scale.data) {
-      arch::copy_async_16(to, valid > 0 ? from : from_.rows.data, valid * int(sizeof(T)));
+      arch::copy_async_16(to, there ? from : from_.rows.data, there ? 16 : 0);
     } else {
-      auto values = load_values<T, Shared::kChunk>(from, valid, true);
+      arch::Pack<T, Shared::kChunk> values{};
+      if (there) values = arch::load<arch::Pack<T, Shared::kChunk>>(from);
 #pragma unroll
-      for (int v = 0; v < Shared::kChunk; ++v)
-        values[v] = v < valid ? from_float<T>(to_float(values[v]) * scale) : values[v];
+      for (int v = 0; v < Shared::kChunk; ++v) values[v] = from_float<T>(to_float(values[v]) * scale);
       arch::store(to, values);
     }
   }

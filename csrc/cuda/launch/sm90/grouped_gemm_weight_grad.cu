@@ -33,8 +33,7 @@ bool takes(const WeightGradParams& p, const Device& device) {
   if (device.arch() != 90 || (dtype != Dtype::bfloat16 && dtype != Dtype::float16)) return false;
   if (p.out_dtype != Dtype::float32 && (p.out_dtype != dtype || p.accumulate)) return false;
   if (p.num_experts < 1 || p.num_experts > kMostRankedExperts || p.num_rows < 1 || p.n < 1 || p.k < 1) return false;
-  return is_aligned(p.out) && p.k * size_of(p.out_dtype) % 16 == 0 && reachable(p, p.grad, p.n) &&
-         reachable(p, p.a, p.k);
+  return p.n % 8 == 0 && p.k % 8 == 0 && is_aligned(p.out) && reachable(p, p.grad, p.n) && reachable(p, p.a, p.k);
 }
 
 template <class T, class Config>
