@@ -16,11 +16,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
-SOURCES = [HERE / "stages.cpp", *sorted((ROOT / "csrc/cuda/launch").glob("*.cu"))]
+SOURCES = [HERE / "stages.cpp", *sorted((ROOT / "csrc/cuda/launch").rglob("*.cu"))]
 HEADERS = [HERE / "device.h", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))]
 # PTX alone: the driver compiles what a test launches, for the card that is there.
 OPTIONS = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", "-Xcompiler", "-fPIC"]
-OPTIONS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ("80", "90a")]
+ARCHITECTURES = ("80", "90a")  # the latter alone for what lies in launch/sm90
 
 
 class Unavailable(Exception):
@@ -53,12 +53,15 @@ def toolkit() -> tuple[str, Path]:
 
 def _compile(source: Path, common: bytes) -> Path:
     key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
-    target = BUILD / f"{source.stem}.{key}.o"
+    hopper = source.parent.name == "sm90"
+    name = f"{source.stem}_sm90" if hopper else source.stem
+    target = BUILD / f"{name}.{key}.o"
     if not target.exists():
-        for old in BUILD.glob(f"{source.stem}.*.o"):
+        for old in BUILD.glob(f"{name}.*.o"):
             old.unlink()
         part = target.with_suffix(f".{os.getpid()}")
-        command = [nvcc(), *OPTIONS, "-I", ROOT / "csrc", "-I", HERE, "-c", source, "-o", part]
+        targets = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES[hopper:]]
+        command = [nvcc(), *OPTIONS, *targets, "-I", ROOT / "csrc", "-I", HERE, "-c", source, "-o", part]
         subprocess.run(command, check=True)
         part.rename(target)
     return target

@@ -53,7 +53,10 @@ __device__ __forceinline__ uint64_t wgmma_across_k(const void* shared, uint32_t 
   return wgmma_operand(shared, leading_bytes, stride_bytes);
 }
 
-__device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+// The address stays below 2^18 bytes, so that nothing is carried beyond the lower word.
+__device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) {
+  return (operand & 0xffffffff00000000) | uint32_t(uint32_t(operand) + (bytes >> 4));
+}
 
 // d [64, n] += a . b; `accumulate` is false in the first product of a sum. See Wgmma.
 template <class T, int n, bool a_across = false, bool b_across = false>
