@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
-SOURCES = [HERE / "stages.cpp", *sorted((ROOT / "csrc/cuda/launch").rglob("*.cu"))]
+SOURCES = [HERE / "stages.cpp", HERE / "device.cpp", *sorted((ROOT / "csrc/cuda/launch").rglob("*.cu"))]
 HEADERS = [HERE / "device.h", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))]
 # PTX alone: the driver compiles what a test launches, for the card that is there.
 OPTIONS = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", "-Xcompiler", "-fPIC"]
