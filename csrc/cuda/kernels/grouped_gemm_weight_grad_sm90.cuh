@@ -13,6 +13,7 @@
 #include "cuda/kernels/gradient_epilogue.cuh"
 #include "cuda/kernels/gradient_walk.cuh"
 #include "cuda/kernels/panels.cuh"
+#include "cuda/kernels/stage_ring.cuh"
 #include "cuda/kernels/weight_grad_tiles.h"
 
 namespace moe {
@@ -36,17 +37,6 @@ struct HopperGradShared {
   // Nobody waits for the last of empty, which stands for the stage before a first step: so there is nothing to ask.
   arch::Barrier full[tiles.stages], empty[tiles.stages + 1];
   RankedExperts experts;
-};
-
-// The stages one after another, and the parity of their barriers in this round.
-template <int stages>
-struct StageRing {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  MOE_INLINE void advance() {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
 };
 
 MOE_INLINE bool scales(const WeightGradParams& p) { return p.grad.scale.data || p.a.scale.data; }

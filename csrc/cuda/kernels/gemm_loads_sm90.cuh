@@ -1,0 +1,88 @@
+// What the producers of a ragged-M GEMM bring to shared memory on sm_90a: weights by TMA, the rows of A by TMA where
+// they lie one after another, by cp.async where they are gathered. What lies beyond the reduction's end becomes zeros
+// on both sides (0 * NaN is NaN); rows and columns beyond the tile may hold anything, and are never stored.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/arch/tma.cuh"
+#include "cuda/kernels/gemm_operands.cuh"
+#include "cuda/kernels/gemm_tiles_sm90.h"
+#include "cuda/kernels/panels.cuh"
+
+namespace moe {
+
+struct HopperGemmLaunch {
+  GroupedGemmParams p;
+  TileGrid grid;
+  float* parts;                  // of the score gradient, [num_rows, tiles of columns], or null
+  bool rows_by_tma;              // not gathered
+  arch::TensorMap row_boxes;     // of A, [rows, 64], where by TMA
+  arch::TensorMap weight_boxes;  // [cols / 2, 64 of k] or [64 of k, 64 columns]
+};
+
+// A step of the weights that a tile multiplies: rows along K, or along N as they lie.
+template <class T, class Config, bool k_major>
+using WeightStep = std::conditional_t<k_major, Panels<T, 64, Config::value.cols>, Panels<T, Config::value.cols, 64>>;
+
+// Two runs of columns, see WeightColumns.
+template <class T, int rows>
+MOE_INLINE void load_weights(Panels<T, 64, rows>& to, const HopperGemmLaunch& at, arch::Barrier& landed,
+                             const WeightColumns& columns, int k, int expert) {
+  arch::tma_load(to.values[0], at.weight_boxes, landed, k, int(columns.first), expert);
+  arch::tma_load(to.values[0][rows / 2], at.weight_boxes, landed, k, int(columns.second), expert);
+}
+
+template <class T, int cols>
+MOE_INLINE void load_weights(Panels<T, cols, 64>& to, const HopperGemmLaunch& at, arch::Barrier& landed,
+                             const WeightColumns& columns, int k, int expert) {
+#pragma unroll
+  for (int col = 0; col < cols; col += 64) {
+    const int64_t from = col < cols / 2 ? columns.first + col : columns.second + col - cols / 2;
+    arch::tma_load(to.values[col / 64], at.weight_boxes, landed, int(from), k, expert);
+  }
+}
+
+// Gathered rows: a thread of 128 copies a chunk of every 16th row.
+template <class T, int rows>
+class GatheredRowLoader {
+ public:
+  using Shared = Panels<T, 64, rows>;
+
+  MOE_INLINE GatheredRowLoader(const GatheredRows& from, int64_t depth) : from_(from), depth_(int(depth)) {}
+
+  // Asks for the slots of a tile's rows, long before they are used.
+  MOE_INLINE void find(const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) slots_[i] = row(i) < tile.rows ? from_.row_slot[tile.row_begin + row(i)] : 0;
+  }
+
+  // Turns to the tile whose slots were asked for last.
+  MOE_INLINE void begin(int tile_rows) {
+    tile_rows_ = tile_rows;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      rows_[i] = row_at<T>(from_, slot_within(from_, slots_[i])) + chunk() * Shared::kChunk;
+  }
+
+  MOE_INLINE void load(Shared& to, int k) const {
+    const int left = max(min(depth_ - k - chunk() * Shared::kChunk, Shared::kChunk), 0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int n = row(i) < tile_rows_ ? left : 0;
+      arch::copy_async_16(to.at(0, row(i), chunk()), rows_[i] + (n > 0 ? k : 0), n * int(sizeof(T)));
+    }
+  }
+
+ private:
+  static constexpr int kCount = rows / 16;
+  static MOE_INLINE int chunk() { return int(threadIdx.x) % 8; }
+  static MOE_INLINE int row(int i) { return int(threadIdx.x) / 8 + 16 * i; }
+
+  const GatheredRows& from_;
+  int depth_, tile_rows_ = 0;
+  int32_t slots_[kCount] = {};
+  const T* rows_[kCount];
+};
+
+}  // namespace moe
