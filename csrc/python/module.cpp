@@ -7,6 +7,7 @@
 #include "cpu/roof.h"
 #include "cuda/architectures.h"
 #include "cuda/launch/gemm_config.h"
+#include "cuda/launch/weight_grad_tiles.h"
 
 namespace py = pybind11;
 
@@ -61,6 +62,13 @@ py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int6
                   "threads"_a = config.threads(), "blocks"_a = config.blocks, "tensor_cores"_a = config.tensor_cores);
 }
 
+py::dict weight_grad_tiles(int processors, int64_t experts, int64_t n, int64_t k, bool gathers_a) {
+  const moe::WeightGradTiles tiles = moe::pick_weight_grad_tiles(processors, {experts, n, k, gathers_a});
+  using namespace py::literals;
+  return py::dict("n"_a = tiles.n, "k"_a = tiles.k, "depth"_a = tiles.depth, "stages"_a = tiles.stages,
+                  "threads"_a = tiles.kThreads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -80,5 +88,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n"), py::kw_only(), py::arg("direct") = true, py::arg("allow_tf32") = false,
         "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
         "copied as they lie");
+  m.def("weight_grad_tiles", &weight_grad_tiles, py::arg("processors"), py::arg("experts"), py::arg("n"), py::arg("k"),
+        py::kw_only(), py::arg("gathers_a") = false,
+        "How a weight gradient [experts, n, k] in 16 bits is cut on an sm_90a card of so many processors");
   m.def("build_facts", &build_facts, "How the libraries were compiled: name and value, in the order of a report");
 }
