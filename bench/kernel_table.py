@@ -82,10 +82,14 @@ LAUNCHES = {
         ("sizeof(WeightGradShared<T, tensor_cores>)",),
         "OuterProducts<T, tensor_cores>::kBlocks",
     ),
+    "grouped_gemm_weight_grad_sm90": Launch(
+        "WeightGradTiles::kThreads",
+        ("sizeof(HopperGradShared<T, Config>)",),
+    ),
     "grouped_gemm_bias_grad": Launch("kBiasGradThreads", ("sizeof(BiasGradShared<T>)",), "2"),
 }
 
-MULTIPLY = ("grouped_gemm", "grouped_gemm_few_rows", "grouped_gemm_weight_grad")
+MULTIPLY = ("grouped_gemm", "grouped_gemm_few_rows", "grouped_gemm_weight_grad", "grouped_gemm_weight_grad_sm90")
 LOOP_COLUMNS = (*ARITHMETIC, "LDSM", "LDS", "LDGSTS", "LDG", "BAR")
 
 # Of one processor: shared memory in bytes; the rest is the same on sm_80 and sm_90. CUDA C++ Programming Guide,

@@ -8,6 +8,7 @@
 #include "cuda/architectures.h"
 #include "cuda/launch/gemm_config.h"
 #include "cuda/launch/gemm_tiles_sm90.h"
+#include "cuda/launch/weight_grad_tiles.h"
 
 namespace py = pybind11;
 
@@ -69,6 +70,13 @@ py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int6
                   "threads"_a = config.threads(), "blocks"_a = config.blocks, "tensor_cores"_a = config.tensor_cores);
 }
 
+py::dict weight_grad_tiles(int processors, int64_t experts, int64_t n, int64_t k, bool gathers_a) {
+  const moe::WeightGradTiles tiles = moe::pick_weight_grad_tiles(processors, {experts, n, k, gathers_a});
+  using namespace py::literals;
+  return py::dict("n"_a = tiles.n, "k"_a = tiles.k, "depth"_a = tiles.depth, "stages"_a = tiles.stages,
+                  "threads"_a = tiles.kThreads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,5 +97,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k") = 0,
         "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
         "copied as they lie; arch: the card's compute capability; k: the reduction, which counts from sm_90 on");
+  m.def("weight_grad_tiles", &weight_grad_tiles, py::arg("processors"), py::arg("experts"), py::arg("n"), py::arg("k"),
+        py::kw_only(), py::arg("gathers_a") = false,
+        "How a weight gradient [experts, n, k] in 16 bits is cut on an sm_90a card of so many processors");
   m.def("build_facts", &build_facts, "How the libraries were compiled: name and value, in the order of a report");
 }

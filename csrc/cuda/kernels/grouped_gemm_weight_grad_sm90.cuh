@@ -34,7 +34,8 @@ struct HopperGradShared {
     Panels<T, tiles.k, tiles.depth> a;
   };
   Stage stages[tiles.stages];
-  arch::Barrier full[tiles.stages], empty[tiles.stages];
+  // Nobody waits for the last of empty, which stands for the stage before a first step: so there is nothing to ask.
+  arch::Barrier full[tiles.stages], empty[tiles.stages + 1];
   RankedExperts experts;
 };
 
@@ -137,32 +138,41 @@ MOE_INLINE void multiply_steps(const HopperGradLaunch& at, HopperGradShared<T, C
   StageRing<tiles.stages> ring;
   GradientWalk walk(at.tiles, shared.experts);
   auto& first = shared.stages[0];
-  const uint64_t grad = arch::wgmma_across_k(first.grad.values[consumer * Sums::kBlocks], first.grad.kBytes);
-  const uint64_t a = arch::wgmma_across_k(first.a.values, first.a.kBytes);
-  const auto release = [&](int stage) {
-    if (arch::lane_id() == 0) shared.empty[stage].arrive();
-  };
+  // Shuffled, so that the compiler takes them for the warp's and neither computes them again nor keeps a lane's copy.
+  const uint64_t grad =
+      arch::shuffle(arch::wgmma_across_k(first.grad.values[consumer * Sums::kBlocks], first.grad.kBytes), 0);
+  const uint64_t a = arch::shuffle(arch::wgmma_across_k(first.a.values, first.a.kBytes), 0);
+  const bool releases = arch::lane_id() == 0;
   while (walk.next()) {
     const int rows = int(walk.rows.end - walk.rows.begin), steps = int(ceil_div(rows, tiles.depth));
     if (p.accumulate && rows == 0) continue;
     const int steps_by_tma = at.grad_by_tma && at.a_by_tma ? rows / tiles.depth : 0;
     sums.clear();
-    int before = 0;  // the stage that is still being read
-    for (int step = 0; step < steps; ++step) {
+    int before = tiles.stages;  // the stage that is still being read
+    const auto multiply = [&](bool copied) {
       shared.full[ring.stage].wait(ring.parity);
-      if (step >= steps_by_tma) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async and stores write
+      if (copied) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async and stores write
       sums.hold();
       arch::wgmma_fence();
       const uint32_t bytes = uint32_t(ring.stage) * uint32_t(sizeof(first));
       sums.add(arch::wgmma_advance(grad, bytes), arch::wgmma_advance(a, bytes));
       arch::wgmma_wait<1>();
-      if (step > 0) release(before);
+      if (releases) shared.empty[before].arrive();
       before = ring.stage;
       ring.advance();
-    }
-    arch::wgmma_wait<0>();
-    sums.hold();
-    if (steps > 0) release(before);
+    };
+    const auto finish = [&] {
+      arch::wgmma_wait<0>();
+      sums.hold();
+      if (releases) shared.empty[before].arrive();
+      before = tiles.stages;
+    };
+#pragma unroll 4
+    for (int step = 0; step < steps_by_tma; ++step) multiply(false);
+    finish();
+#pragma unroll 4
+    for (int step = steps_by_tma; step < steps; ++step) multiply(true);
+    finish();
     const int64_t n = walk.n_tile * tiles.n + consumer * Sums::kBlocks * 64, k = walk.k_tile * tiles.k;
     if (p.out_dtype == Dtype::float32) store_sums<float>(p, walk.expert, n, k, sums);
     else store_sums<T>(p, walk.expert, n, k, sums);
@@ -180,11 +190,12 @@ __global__ void __launch_bounds__(WeightGradTiles::kThreads, 1)
       shared.full[stage].init(arrivals);
       shared.empty[stage].init(4 * tiles.kConsumers);
     }
+    shared.empty[tiles.stages].init(4 * tiles.kConsumers);
     arch::fence_barrier_init();
   }
   shared.experts.read(at.p.offsets, at.tiles.experts, at.p.num_rows);  // and behind its barrier the others are there
 
-  const int warpgroup = int(threadIdx.x) / 128;
+  const int warpgroup = arch::shuffle(int(threadIdx.x) / 128, 0);  // so that the compiler knows it for a warp's
   if (warpgroup == 0) {
     arch::give_registers<56>();
     load_steps(at, shared);

@@ -15,7 +15,7 @@ struct WeightGradTiles {
 // 128 sums a thread either way. Rows that are gathered are better the narrow side: their copies cost instructions.
 inline constexpr WeightGradTiles kWideGradTiles{.n = 128, .k = 256, .depth = 64, .stages = 4};
 inline constexpr WeightGradTiles kTallGradTiles{.n = 256, .k = 128, .depth = 64, .stages = 4};
-inline constexpr WeightGradTiles kSquareGradTiles{.n = 128, .k = 128, .depth = 64, .stages = 6};
+inline constexpr WeightGradTiles kSquareGradTiles{.n = 128, .k = 128, .depth = 64, .stages = 4};
 
 // As types, for kernels.
 struct WideGradTiles {

@@ -57,7 +57,8 @@ __global__ void load_box(const __grid_constant__ arch::TensorMap map, const __gr
 __global__ void store_box(const __grid_constant__ arch::TensorMap map, const __grid_constant__ Place at,
                           const unsigned char* in) {
   auto& shared = arch::shared<TmaShared>();
-  for (int i = int(threadIdx.x); i < at.bytes; i += int(blockDim.x)) shared.box[i] = in[i];
+  for (int i = int(threadIdx.x) * 4; i < at.bytes; i += int(blockDim.x) * 4)
+    for (int j = 0; j < 4; ++j) shared.box[i + j] = in[i + j];
   arch::fence_async_proxy();
   arch::sync_block();
   if (threadIdx.x == 0) {

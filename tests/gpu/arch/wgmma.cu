@@ -18,7 +18,17 @@ struct alignas(1024) Rows {
   __device__ T& at(int row, int column) { return elements[row * 64 + ((column / 8) ^ row % 8) * 8 + column % 8]; }
 };
 
-// Rows along K are [count, 64]; rows along M or N come in panels [64 of K, 64].
+// From [count, kDepth]. Rows along K are [count, 64]; rows along M or N come in panels [64 of K, 64].
+template <bool across, class T, int rows>
+__device__ void fill(Rows<T, rows>& to, const T* from, int count) {
+  for (int i = int(threadIdx.x) * 2; i < count * kDepth; i += 256)
+    for (int j = i; j < i + 2; ++j) {
+      const int row = j / 64, column = j % 64;
+      to.at(row, column) =
+          across ? from[(row / kDepth * 64 + column) * kDepth + row % kDepth] : from[row * kDepth + column];
+    }
+}
+
 template <class T, int n>
 struct WgmmaShared {
   Rows<T, 64> a;
@@ -28,16 +38,8 @@ struct WgmmaShared {
 template <class T, int n, bool a_across, bool b_across>
 __global__ __launch_bounds__(128) void multiply(const T* a, const T* b, float* d) {
   auto& shared = arch::shared<WgmmaShared<T, n>>();
-  for (int i = int(threadIdx.x); i < 64 * kDepth; i += 128) {
-    const int row = i / kDepth, k = i % kDepth;
-    if constexpr (a_across) shared.a.at(k, row) = a[i];
-    else shared.a.at(row, k) = a[i];
-  }
-  for (int i = int(threadIdx.x); i < n * kDepth; i += 128) {
-    const int row = i / kDepth, k = i % kDepth;
-    if constexpr (b_across) shared.b.at(row / 64 * kDepth + k, row % 64) = b[i];
-    else shared.b.at(row, k) = b[i];
-  }
+  fill<a_across>(shared.a, a, 64);
+  fill<b_across>(shared.b, b, n);
   arch::fence_async_proxy();
   arch::sync_block();
 
@@ -63,7 +65,7 @@ __global__ __launch_bounds__(128) void multiply(const T* a, const T* b, float* d
 template <class T, int n>
 __global__ __launch_bounds__(128) void multiply_registers(const T* a, const T* b, float* d) {
   auto& shared = arch::shared<WgmmaShared<T, n>>();
-  for (int i = int(threadIdx.x); i < n * 16; i += 128) shared.b.at(i / 16, i % 16) = b[i / 16 * kDepth + i % 16];
+  fill<false>(shared.b, b, n);
   arch::fence_async_proxy();
   arch::sync_block();
   const int row = int(threadIdx.x) / 32 * 16 + arch::lane_id() / 4, column = arch::lane_id() % 4 * 2;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "machine/memory.h"
+#include "machine/thread_set.h"
 
 namespace simt {
 
@@ -57,6 +58,9 @@ class Wgmmas {
       fenced_ = false;
     }
   }
+
+  size_t groups() const { return groups_.size(); }
+  ThreadSet waiting;
 
   bool busy() const { return !open_.empty() || !groups_.empty(); }
 

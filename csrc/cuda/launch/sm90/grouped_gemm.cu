@@ -41,7 +41,7 @@ bool takes(const GroupedGemmParams& p, const Device& device) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max() - 256;  // coordinates of boxes have 32 bits
   if (p.num_experts < 1 || p.n < 1 || p.k < 1 || p.n > most || p.k > most || p.num_rows > most) return false;
   const bool rows = p.a.row_slot ? rows_are_aligned(p.a) && p.a.rows.stride < most : has_tensor_map(boxed_rows(p, 128));
-  return rows && has_tensor_map(boxed_weights(p, 128));
+  return rows && weights_are_aligned(p) && has_tensor_map(boxed_weights(p, 128));
 }
 
 template <class T, class Config, bool k_major>

@@ -2,6 +2,7 @@
 #include "cuda/launch/grouped_gemm_weight_grad.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/kernels/grouped_gemm_weight_grad_sm90.cuh"
 #include "cuda/launch/access.h"
@@ -32,7 +33,9 @@ bool takes(const WeightGradParams& p, const Device& device) {
   const Dtype dtype = p.a.rows.dtype;
   if (device.arch() != 90 || (dtype != Dtype::bfloat16 && dtype != Dtype::float16)) return false;
   if (p.out_dtype != Dtype::float32 && (p.out_dtype != dtype || p.accumulate)) return false;
-  if (p.num_experts < 1 || p.num_experts > kMostRankedExperts || p.num_rows < 1 || p.n < 1 || p.k < 1) return false;
+  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 256;  // coordinates of boxes have 32 bits
+  if (p.num_experts < 1 || p.num_experts > kMostRankedExperts || p.num_rows < 1 || p.num_rows > most) return false;
+  if (p.n < 1 || p.k < 1 || p.n > most || p.k > most) return false;
   return p.n % 8 == 0 && p.k % 8 == 0 && is_aligned(p.out) && reachable(p, p.grad, p.n) && reachable(p, p.a, p.k);
 }
 

@@ -147,13 +147,27 @@ inline void tma_store(const TensorMap& map, const void* shared, int x, int y, in
 
 inline void tma_commit() { simt::Block::current->thread().stores.commit(); }
 
+// The stores end beside the threads, so that others may do before what they must not.
+inline void wait_for_stores(simt::Where where) {
+  simt::Block& block = *simt::Block::current;
+  simt::ThreadSet waiting;
+  bool ended = false;
+  block.later("tma_store", [&] {
+    ended = true;
+    block.wake(waiting);
+  });
+  while (!ended) block.wait_in(waiting, "tma_wait", where);
+}
+
 template <int pending>
 void tma_wait_read(simt::Where where = simt::Where::current()) {
+  wait_for_stores(where);
   simt::Block::current->thread().stores.wait_read(pending, where);
 }
 
 template <int pending>
 void tma_wait(simt::Where where = simt::Where::current()) {
+  wait_for_stores(where);
   simt::Block::current->thread().stores.wait(pending, where);
 }
 

@@ -25,9 +25,20 @@ inline void wgmma_commit(simt::Where where = simt::Where::current()) {
   of_the_warp("wgmma_commit", [] { simt::Block::current->wgmmas().commit(); }, where);
 }
 
+// The groups end beside the threads, so that others may do before what they must not.
 template <int pending>
 void wgmma_wait(simt::Where where = simt::Where::current()) {
-  of_the_warp("wgmma_wait", [where] { simt::Block::current->wgmmas().wait(pending, where); }, where);
+  simt::Block& block = *simt::Block::current;
+  simt::Wgmmas& wgmmas = block.wgmmas();
+  const auto begin_to_wait = [&block, &wgmmas, where] {
+    if (wgmmas.groups() <= pending) return;
+    block.later("wgmma", [&block, &wgmmas, where] {
+      wgmmas.wait(pending, where);
+      block.wake(wgmmas.waiting);
+    });
+  };
+  of_the_warp("wgmma_wait", begin_to_wait, where);
+  while (wgmmas.groups() > pending) block.wait_in(wgmmas.waiting, "wgmma_wait", where);
 }
 
 template <int n>
