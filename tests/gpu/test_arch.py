@@ -1,4 +1,4 @@
-"""Instructions of sm_90a one by one, as nvcc compiles them: arch/*.cu, which tests/simt runs on the emulator as well."""
+"""Instructions of sm_90a one by one, as nvcc compiles them: arch/*.cu, which tests/simt runs on its emulator too."""
 
 import ctypes
 import os

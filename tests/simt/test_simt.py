@@ -96,6 +96,7 @@ FAULTS_OF_SM_90 = {
     "overwritten_while_stored": "shared memory was written while a tma_store may still read it",
     "store_not_waited_for": "a thread ends whose tma_store may still read shared memory",
     "wgmma_not_waited_for": "a thread ends before wgmma_wait",
+    "warps_disagree": "the warps of a warpgroup have asked for different wgmmas",
     "missing_named_barrier": "wrong: out",
     "wrong_count_of_threads": "a barrier of 64 threads, where others wait for 32|deadlock .* waits in a named barrier",
     "too_few_registers": "deadlock in block .* waits in take_registers",

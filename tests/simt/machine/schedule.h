@@ -96,8 +96,11 @@ inline void Block::expect_nothing_open() {
   if (running_->stores.reads_shared()) fail("a thread ends whose tma_store may still read shared memory", where);
   running_->stores.wait(0, where);
   if (wgmmas_[running_->number / 32].busy()) fail("a thread ends before wgmma_wait", where);
-  if (running_threads() == 1 && !events_.empty())
-    fail("the block ends before " + std::string(events_[0].what) + " has landed", where);
+  if (running_threads() > 1) return;
+  for (size_t warp = 0; warp < wgmmas_.size(); ++warp)
+    if (wgmmas_[warp].asked() != wgmmas_[warp / 4 * 4].asked())
+      fail("the warps of a warpgroup have asked for different wgmmas", where);
+  if (!events_.empty()) fail("the block ends before " + std::string(events_[0].what) + " has landed", where);
 }
 
 inline void Block::let_happen() {

@@ -59,6 +59,10 @@ class Wgmmas {
     }
   }
 
+  // What the warp has asked for so far: the four of a warpgroup ask for the same.
+  void ask(uint64_t a, uint64_t b) { asked_ = (asked_ * 0x9e3779b97f4a7c15u ^ a) * 0x9e3779b97f4a7c15u ^ b; }
+  uint64_t asked() const { return asked_; }
+
   size_t groups() const { return groups_.size(); }
   ThreadSet waiting;
 
@@ -90,6 +94,7 @@ class Wgmmas {
   }
 
   bool fenced_ = false;
+  uint64_t asked_ = 0;
   std::list<Sums> sums_;
   std::vector<Running> open_;
   std::deque<std::vector<Running>> groups_;

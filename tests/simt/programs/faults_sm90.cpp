@@ -55,6 +55,7 @@ enum class Fault {
   overwritten_while_stored,
   store_not_waited_for,
   wgmma_not_waited_for,
+  warps_disagree,
 };
 
 __device__ void init_barriers(Shared& shared, uint32_t producers, bool fence) {
@@ -77,7 +78,7 @@ __device__ void consume(Shared& shared, const Params& p) {
     arch::wgmma_hold(d);
     if (fault != Fault::missing_wgmma_fence) arch::wgmma_fence();
     const uint64_t a = arch::wgmma_along_k(shared.stages[stage].a), b = arch::wgmma_along_k(shared.stages[stage].b);
-    for (uint32_t k = 0; k < 4; ++k)
+    for (uint32_t k = 0; k < (fault == Fault::warps_disagree && threadIdx.x / 32 == 2 ? 3 : 4); ++k)
       arch::wgmma<T, 64>(d, arch::wgmma_advance(a, 32 * k), arch::wgmma_advance(b, 32 * k), step > 0 || k > 0);
     arch::wgmma_commit();
     if (fault == Fault::slot_released_early) shared.empty[stage].arrive();
@@ -292,6 +293,7 @@ int main(int argc, char** argv) {
       {"too_many_arrivals", mended ? by_tma<Fault::none> : by_tma<Fault::too_many_arrivals>},
       {"overwritten_while_stored", mended ? by_tma<Fault::none> : by_tma<Fault::overwritten_while_stored>},
       {"store_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::store_not_waited_for>},
+      {"warps_disagree", mended ? by_tma<Fault::none> : by_tma<Fault::warps_disagree>},
       {"wgmma_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::wgmma_not_waited_for>},
   };
   try {

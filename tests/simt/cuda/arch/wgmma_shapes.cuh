@@ -114,6 +114,7 @@ void multiply_quarter(const simt::Lanes<WgmmaArgs>& all) {
   const auto unchanged = [a, b, read_of_a, read_of_b, &shared = block.shared()] {
     return (read_of_a.empty() || a.unchanged(shared, read_of_a)) && b.unchanged(shared, read_of_b);
   };
+  block.wgmmas().ask(args.a, args.b);
   float* sums = block.wgmmas().begin(registers, args.accumulate, {unchanged, args.where});
   const auto sum_at = [&](int row, int column) -> float& {  // [count][lane]
     return sums[(column / 8 * 4 + row / 8 * 2 + column % 2) * 32 + row % 8 * 4 + column % 8 / 2];
