@@ -28,15 +28,20 @@ class ChunkRows {
   }
 
   template <int n>
-  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<float, n>& values, int count) const {
+  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<T, n>& values, int count) const {
     T* const to = data_ + row * stride_ + col;
+    if (aligned_ && count >= n) return arch::store_global(to, values);
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (i < count) to[i] = values[i];
+  }
+
+  template <int n>
+  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<float, n>& values, int count) const {
     arch::Pack<T, n> rounded;
 #pragma unroll
     for (int i = 0; i < n; ++i) rounded[i] = from_float<T>(values[i]);
-    if (aligned_ && count >= n) return arch::store_global(to, rounded);
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (i < count) to[i] = rounded[i];
+    store(row, col, rounded, count);
   }
 
  private:
@@ -63,16 +68,16 @@ MOE_INLINE void exchange_pairs(Eight& pairs) {
   }
 }
 
-// Where a lane stands: a row of the tile, and eight columns of either half of the products [rows, cols].
+// Where a lane stands: a row of the tile, and the first of eight columns of the products [rows, cols].
 struct Place {
-  int row, first, second;
+  int row, col;
 };
 
 // The sums [64 * kBlocks, cols] of a warpgroup, as wgmma leaves them.
 template <int blocks, int cols>
 struct WarpgroupSums {
   static constexpr int kBlocks = blocks, kCols = cols;
-  static constexpr int kPieces = blocks * 2 * (cols / 64);
+  static constexpr int kPiecesOfRow = cols / 32, kPieces = 2 * blocks * kPiecesOfRow;
 
   float values[blocks][cols / 2];
 
@@ -88,32 +93,30 @@ struct WarpgroupSums {
     for (int i = 0; i < blocks; ++i) arch::wgmma_hold(values[i]);
   }
 
-  // Where this lane stands in a piece: pieces of the same row follow each other. row_begin: the warpgroup's first row.
+  // Where this lane stands in a piece of 32 columns. Pieces of the same row follow each other, and a piece of the
+  // second half of the columns the one of the first that it belongs to. row_begin: the warpgroup's first row.
   static MOE_INLINE Place place(int piece, int row_begin) {
-    const int of_row = cols / 64, row = piece / of_row, col = piece % of_row * 32 + arch::lane_id() % 4 * 8;
-    return {row_begin + row / 2 * 64 + row % 2 * 8 + int(threadIdx.x) % 128 / 32 * 16 + arch::lane_id() / 4, col,
-            col + cols / 2};
+    const int row = piece / kPiecesOfRow, col = piece % 2 * (cols / 2) + piece % kPiecesOfRow / 2 * 32;
+    return {row_begin + row / 2 * 64 + row % 2 * 8 + int(threadIdx.x) % 128 / 32 * 16 + arch::lane_id() / 4,
+            col + arch::lane_id() % 4 * 8};
   }
-  static MOE_INLINE bool begins_row(int piece) { return piece % (cols / 64) == 0; }
-  static MOE_INLINE bool ends_row(int piece) { return (piece + 1) % (cols / 64) == 0; }
 
-  // The lane's two times eight sums of a piece, with biases [cols] added. The pieces are told apart at run time, so
-  // that an epilogue is compiled once.
-  MOE_INLINE void take(int piece, const float* bias, Eight& first, Eight& second) const {
+  // The lane's eight sums of a piece, with biases [cols] added. The pieces are told apart at run time, so that an
+  // epilogue is compiled once.
+  MOE_INLINE Eight take(int piece, const float* bias) const {
+    Eight out;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       if (i != piece) continue;
-      const int row = i / (cols / 64), group = i % (cols / 64) * 4;
+      const int row = i / kPiecesOfRow, group = i % 2 * (cols / 16) + i % kPiecesOfRow / 2 * 4;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        first[j] = values[row / 2][4 * (group + j / 2) + row % 2 * 2 + j % 2];
-        second[j] = values[row / 2][4 * (cols / 16 + group + j / 2) + row % 2 * 2 + j % 2];
-      }
+      for (int j = 0; j < 8; ++j) out[j] = values[row / 2][4 * (group + j / 2) + row % 2 * 2 + j % 2];
     }
-    exchange_pairs(first), exchange_pairs(second);
-    const Place at = place(piece, 0);
+    exchange_pairs(out);
+    const int col = place(piece, 0).col;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) first[j] += bias[at.first + j], second[j] += bias[at.second + j];
+    for (int j = 0; j < 8; ++j) out[j] += bias[col + j];
+    return out;
   }
 };
 
@@ -130,11 +133,9 @@ MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row
 #pragma unroll 1
   for (int piece = 0; piece < Sums::kPieces; ++piece) {
     const Place at = Sums::place(piece, row_begin);
-    Eight first, second;
-    sums.take(piece, bias, first, second);
-    if (at.row >= tile.rows) continue;
-    out.store(tile.row_begin + at.row, tile.col_begin + at.first, first, columns_left<8>(tile, at.first));
-    out.store(tile.row_begin + at.row, tile.col_begin + at.second, second, columns_left<8>(tile, at.second));
+    const Eight values = sums.take(piece, bias);
+    if (at.row < tile.rows)
+      out.store(tile.row_begin + at.row, tile.col_begin + at.col, values, columns_left<8>(tile, at.col));
   }
 }
 
@@ -167,44 +168,44 @@ MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int 
   const int64_t inner = activation.gated ? p.n / 2 : p.n;
   const ChunkRows<T> out(p.out), pre(p.pre, inner);
 #pragma unroll 1
-  for (int piece = 0; piece < Sums::kPieces; ++piece) {
+  for (int piece = 0; piece < Sums::kPieces; piece += activation.gated ? 2 : 1) {
     const Place at = Sums::place(piece, row_begin);
-    Eight first, second;
-    sums.take(piece, bias, first, second);
+    const Eight first = sums.take(piece, bias), second = activation.gated ? sums.take(piece + 1, bias) : first;
     if (at.row >= tile.rows) continue;
-    const int64_t row = tile.row_begin + at.row, col = tile.col_begin;
-    if (!activation.gated) {
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        const int begin = half ? at.second : at.first, n = columns_left<8>(tile, begin);
-        if (pre) pre.store(row, col + begin, first, n);
-        out.store(row, col + begin, activated(activation, first, first), n);
-        first = second;
-      }
-    } else if (activation.interleaved) {
-      const int n = columns_left<4>(tile, at.first / 2), m = columns_left<4>(tile, at.second / 2);
+    const int64_t row = tile.row_begin + at.row, col = tile.col_begin + at.col;
+    if (activation.gated && activation.interleaved) {
+      constexpr int half = Sums::kCols / 2;
+      const int n = columns_left<4>(tile, at.col / 2), m = columns_left<4>(tile, (at.col + half) / 2);
+      const int64_t begin = tile.col_begin + at.col / 2;
       if (pre) {
-        pre.store(row, 2 * col + at.first, first, 2 * n);
-        pre.store(row, 2 * col + at.second, second, 2 * m);
+        pre.store(row, 2 * begin, first, 2 * n);
+        pre.store(row, 2 * begin + half, second, 2 * m);
       }
       const Eight a = activated(activation, every_other(first, second, 0), every_other(first, second, 1));
-      out.store(row, col + at.first / 2, half_of(a, 0), n);
-      out.store(row, col + at.second / 2, half_of(a, 1), m);
+      out.store(row, begin, half_of(a, 0), n);
+      out.store(row, begin + half / 2, half_of(a, 1), m);
     } else {
-      const int n = columns_left<8>(tile, at.first);
+      const int n = columns_left<8>(tile, at.col);
       if (pre) {
-        pre.store(row, col + at.first, first, n);
-        pre.store(row, inner + col + at.first, second, n);
+        pre.store(row, col, first, n);
+        if (activation.gated) pre.store(row, inner + col, second, n);
       }
-      out.store(row, col + at.first, activated(activation, first, second), n);
+      out.store(row, col, activated(activation, first, second), n);
     }
   }
 }
 
-// A row's H at eight inner columns, as it lies: two runs of eight.
+// Gates and ups of eight inner columns, or their gradients, as they lie: two runs of eight.
 template <class T>
-struct PreActivation {
+struct GateUpChunks {
   arch::Pack<T, 8> first, second;
+
+  MOE_INLINE T& gate(int i, bool interleaved) {
+    return !interleaved ? first[i] : i < 4 ? first[2 * i] : second[2 * i - 8];
+  }
+  MOE_INLINE T& up(int i, bool interleaved) {
+    return !interleaved ? second[i] : i < 4 ? first[2 * i + 1] : second[2 * i - 7];
+  }
 };
 
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
@@ -219,64 +220,51 @@ MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& t
   const auto more = [&](int n) { return !gated ? 0 : interleaved ? max(2 * n - 8, 0) : n; };
   const auto column = [&](int64_t i) { return interleaved ? 2 * i : i; };
   const auto second_column = [&](int64_t i) { return interleaved ? 2 * i + 8 : p.n + i; };
-  // Step 2 * piece + half.
-  const auto read_pre = [&](int step, PreActivation<T>& to) {
-    const Place at = Sums::place(step / 2, row_begin);
-    const int begin = step % 2 ? at.second : at.first, n = columns_left<8>(tile, begin);
-    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + begin;
-    if (step >= 2 * Sums::kPieces || at.row >= tile.rows || n == 0) return;
+  const auto read_pre = [&](int piece, GateUpChunks<T>& to) {
+    const Place at = Sums::place(piece, row_begin);
+    const int n = columns_left<8>(tile, at.col);
+    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + at.col;
+    if (piece >= Sums::kPieces || at.row >= tile.rows || n == 0) return;
     to.first = pre.load(row, column(i), counts(n));
     if (gated) to.second = pre.load(row, second_column(i), more(n));
   };
 
-  PreActivation<T> next{};
+  GateUpChunks<T> next{};
   read_pre(0, next);
   float share = 0, score = 1;
 #pragma unroll 1
   for (int piece = 0; piece < Sums::kPieces; ++piece) {
+    GateUpChunks<T> h = next;
+    read_pre(piece + 1, next);
     const Place at = Sums::place(piece, row_begin);
-    const int64_t row = tile.row_begin + at.row;
+    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + at.col;
     const bool there = at.row < tile.rows;
-    Eight grad, second;
-    sums.take(piece, bias, grad, second);
-    if (Sums::begins_row(piece)) {
+    const int n = there ? columns_left<8>(tile, at.col) : 0;
+    const Eight grad = sums.take(piece, bias);
+    if (piece % Sums::kPiecesOfRow == 0) {
       share = 0;
       score = p.score.data && there ? read(p.score, slot_of(p.a, row)) : 1;
     }
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const PreActivation<T> h = next;
-      read_pre(2 * piece + half + 1, next);
-      const int begin = half ? at.second : at.first, n = there ? columns_left<8>(tile, begin) : 0;
-      const int64_t i = tile.col_begin + begin;
-      Eight first, other, values, grad_gate, grad_up;
+    arch::Pack<T, 8> values, grad_gate, grad_up;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) first[j] = to_float(h.first[j]), other[j] = to_float(h.second[j]);
-      const Eight gate = interleaved ? every_other(first, other, 0) : first;
-      const Eight up = interleaved ? every_other(first, other, 1) : other;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const auto d = ActivationMath<FloatMath>::backward(activation, gate[j], up[j], score * grad[j]);
-        values[j] = score * d.value, grad_gate[j] = d.gate, grad_up[j] = d.up;
-        share += j < n ? grad[j] * d.value : 0;
-      }
-      if (n > 0) {
-        if (interleaved) {
-          Eight low, high;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            low[2 * j] = grad_gate[j], low[2 * j + 1] = grad_up[j];
-            high[2 * j] = grad_gate[4 + j], high[2 * j + 1] = grad_up[4 + j];
-          }
-          grad_gate = low, grad_up = high;
-        }
-        out.store(row, i, values, n);
-        grad_pre.store(row, column(i), grad_gate, counts(n));
-        if (gated) grad_pre.store(row, second_column(i), grad_up, more(n));
-      }
-      grad = second;
+    for (int j = 0; j < 8; ++j) {
+      const float gate = to_float(h.gate(j, interleaved)), up = to_float(h.up(j, interleaved));
+      const auto d = ActivationMath<FloatMath>::backward(activation, gate, up, score * grad[j]);
+      values[j] = from_float<T>(score * d.value);
+      grad_gate[j] = from_float<T>(d.gate), grad_up[j] = from_float<T>(d.up);
+      share += j < n ? grad[j] * d.value : 0;
     }
-    if (parts && Sums::ends_row(piece)) {
+    if (n > 0) {
+      GateUpChunks<T> grad_h{grad_gate, grad_up};
+      if (interleaved) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) grad_h.gate(j, true) = grad_gate[j], grad_h.up(j, true) = grad_up[j];
+      }
+      out.store(row, i, values, n);
+      grad_pre.store(row, column(i), grad_h.first, counts(n));
+      if (gated) grad_pre.store(row, second_column(i), grad_h.second, more(n));
+    }
+    if (parts && (piece + 1) % Sums::kPiecesOfRow == 0) {
       share += arch::shuffle_xor(share, 1);
       share += arch::shuffle_xor(share, 2);
       if (there && arch::lane_id() % 4 == 0) parts[row * col_tiles + tile.col_begin / Sums::kCols] = share;

@@ -51,38 +51,40 @@ class GatheredRowLoader {
 
   MOE_INLINE GatheredRowLoader(const GatheredRows& from, int64_t depth) : from_(from), depth_(int(depth)) {}
 
-  // Asks for the slots of a tile's rows, long before they are used.
+  // Asks for the slots of a tile's rows, long before they are used: one by each thread, of those that eight share.
   MOE_INLINE void find(const Tile& tile) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) slots_[i] = row(i) < tile.rows ? from_.row_slot[tile.row_begin + row(i)] : 0;
+    const int own = row(chunk());
+    slot_ = own < tile.rows ? from_.row_slot[tile.row_begin + own] : 0;
   }
 
   // Turns to the tile whose slots were asked for last.
   MOE_INLINE void begin(int tile_rows) {
     tile_rows_ = tile_rows;
+    const uint32_t own = uint32_t(slot_within(from_, slot_)) / uint32_t(from_.width);  // slots are below 2^31
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      rows_[i] = row_at<T>(from_, slot_within(from_, slots_[i])) + chunk() * Shared::kChunk;
+    for (int i = 0; i < kCount; ++i) rows_[i] = arch::shuffle(own, arch::lane_id() / 8 * 8 + i);
   }
 
   MOE_INLINE void load(Shared& to, int k) const {
     const int left = max(min(depth_ - k - chunk() * Shared::kChunk, Shared::kChunk), 0);
+    const char* const first =
+        static_cast<const char*>(from_.rows.data) + (left > 0 ? k + chunk() * Shared::kChunk : 0) * 2;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int n = row(i) < tile_rows_ ? left : 0;
-      arch::copy_async_16(to.at(0, row(i), chunk()), rows_[i] + (n > 0 ? k : 0), n * int(sizeof(T)));
-    }
+    for (int i = 0; i < kCount; ++i)
+      arch::copy_async_16(to.at(0, row(i), chunk()), first + uint64_t(rows_[i]) * uint32_t(2 * from_.rows.stride),
+                          row(i) < tile_rows_ ? 2 * left : 0);
   }
 
  private:
   static constexpr int kCount = rows / 16;
+  static_assert(kCount <= 8);
   static MOE_INLINE int chunk() { return int(threadIdx.x) % 8; }
   static MOE_INLINE int row(int i) { return int(threadIdx.x) / 8 + 16 * i; }
 
   const GatheredRows& from_;
   int depth_, tile_rows_ = 0;
-  int32_t slots_[kCount] = {};
-  const T* rows_[kCount];
+  int32_t slot_ = 0;
+  uint32_t rows_[kCount];
 };
 
 }  // namespace moe

@@ -11,7 +11,7 @@ struct HopperTiles {
   bool in_turns;
 
   static constexpr int kDepth = 64, kConsumers = 2, kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // a thread
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // a thread
 
   constexpr int consumer_rows() const { return in_turns ? rows : rows / kConsumers; }
   constexpr bool operator==(const HopperTiles&) const = default;

@@ -68,9 +68,10 @@ MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
 }
 
 // The steps of a reduction, to sums that were cleared; `row` is the first of A that this warpgroup multiplies.
-template <class T, class Config, bool k_major, class Sums>
+// gathers: std::true_type where A came by cp.async.
+template <class T, class Config, bool k_major>
 MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, StageRing<Config::value.stages>& ring,
-                               int steps, int row, bool gathers, Sums& sums) {
+                               int steps, int row, auto gathers, auto& sums) {
   constexpr HopperTiles tiles = Config::value;
   using Stage = typename HopperGemmShared<T, Config, k_major>::Stage;
   constexpr uint32_t kStepOfB = k_major ? 32 : 16 * 128;  // bytes between 16 of k and the next
@@ -82,9 +83,10 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
     if (arch::lane_id() == 0) shared.empty[stage].arrive();
   };
   int before = 0;  // the stage that is still being read
+#pragma unroll 2
   for (int step = 0; step < steps; ++step) {
     shared.full[ring.stage].wait(ring.parity);
-    if (gathers) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
+    if constexpr (gathers) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
     sums.hold();
     arch::wgmma_fence();
     const uint32_t bytes = uint32_t(ring.stage) * uint32_t(sizeof(Stage));
@@ -92,7 +94,7 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
 #pragma unroll
     for (int k = 0; k < tiles.kDepth / 16; ++k)
 #pragma unroll
-      for (int block = 0; block < Sums::kBlocks; ++block)
+      for (int block = 0; block < sums.kBlocks; ++block)
         arch::wgmma<T, tiles.cols, false, !k_major>(sums.values[block],
                                                     arch::wgmma_advance(rows, block * 64 * 128 + k * 32),
                                                     arch::wgmma_advance(cols, k * kStepOfB));
@@ -133,7 +135,8 @@ MOE_INLINE void multiply_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, C
       bias[col] = p.bias.data ? read(p.bias, tile.expert * p.n + columns.template at<tiles.cols>(col)) : 0;
     arch::sync_threads(1 + consumer, 128);  // this one's are written
     sums.clear();
-    multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, !at.rows_by_tma, sums);
+    if (at.rows_by_tma) multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, std::false_type{}, sums);
+    else multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, std::true_type{}, sums);
     if (tiles.in_turns) ring.skip(steps);
     finish_sums<T>(p, tile, row_begin, sums, bias, at.parts, at.grid.col_tiles());
   }
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(HopperTiles::kThreads, 1)
   }
   arch::sync_block();  // the barriers are there
 
-  const int warpgroup = int(threadIdx.x) / 128;
+  const int warpgroup = arch::shuffle(int(threadIdx.x) / 128, 0);  // that the compiler sees it is one for the warp
   if (warpgroup == 0) {
     arch::give_registers<tiles.kProducerRegisters>();
     load_tiles(at, shared);

@@ -40,8 +40,8 @@ bool takes(const GroupedGemmParams& p, const Device& device) {
   if (p.weight.dtype != dtype || p.a.scale || (p.weight.k_stride != 1 && p.weight.n_stride != 1)) return false;
   constexpr int64_t most = std::numeric_limits<int32_t>::max() - 256;  // coordinates of boxes have 32 bits
   if (p.num_experts < 1 || p.n < 1 || p.k < 1 || p.n > most || p.k > most || p.num_rows > most) return false;
-  const bool rows = p.a.row_slot ? rows_are_aligned(p.a) : has_tensor_map(boxed_rows(p, 128));
-  return rows && has_tensor_map(boxed_weights(p, 128));
+  const bool rows = p.a.row_slot ? rows_are_aligned(p.a) && p.a.rows.stride < most : has_tensor_map(boxed_rows(p, 128));
+  return rows && weights_are_aligned(p) && has_tensor_map(boxed_weights(p, 128));
 }
 
 template <class T, class Config, bool k_major>
