@@ -60,6 +60,17 @@ def test_small_tiles_where_large_ones_leave_processors_idle():
     assert tiles(1, 1024, 2048, processors=128) == SQUARE
 
 
+def test_predictions_are_for_these_tiles():
+    from predict_sm90 import grad_tiles
+
+    for shape in STANDING.values():
+        for processors in (16, H100):
+            for n, k in ((2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)):
+                for gathers_a in (False, True):
+                    predicted = grad_tiles(processors, shape.experts, n, k, gathers_a)
+                    assert predicted == tiles(shape.experts, n, k, processors=processors, gathers_a=gathers_a)
+
+
 def test_what_a_block_holds():
     for sizes in ((64, 4096, 4096), (64, 128, 128)):
         found = _C.weight_grad_tiles(H100, *sizes)
