@@ -37,11 +37,13 @@ list=$work/commands
 : > "$list"
 object() { local name=$1; shift; { printf '%q ' "$@" -c -o "$work/$name.o"; echo; } >> "$list"; }
 
-launches=(csrc/cuda/launch/*.cu)
-for source in "${launches[@]}"; do
-  object "launch_$(basename "$source" .cu)" "$nvcc" -std=c++20 -O3 -gencode "arch=compute_$arch,code=sm_$arch" \
-    -Xcompiler -fPIC,-fvisibility=hidden -Icsrc -Icsrc/cuda "$source"
-done
+shopt -s nullglob
+launch() {  # source, architecture
+  object "launch_$(echo "${1#csrc/cuda/launch/}" | tr / _ | sed 's/\.cu$//')" "$nvcc" -std=c++20 -O3 \
+    -gencode "arch=compute_$2,code=sm_$2" -Xcompiler -fPIC,-fvisibility=hidden -Icsrc -Icsrc/cuda "$1"
+}
+for source in csrc/cuda/launch/*.cu; do launch "$source" "$arch"; done
+for source in csrc/cuda/launch/sm90/*.cu; do launch "$source" 90a; done  # what other cards have no instructions for
 isa() {
   object "isa_$1" "${cxx[@]}" "${contract[@]}" -DMOE_ISA="$1" -DMOE_VECTOR_BYTES="$2" "${@:3}" csrc/cpu/isa/kernels.cpp
 }

@@ -46,6 +46,7 @@ LAUNCHES = {
         ("sizeof(GemmShared<RowTiles<T, Config, direct>, WeightTiles<T, Config, k_major, direct>, Config>)",),
         "Config::value.blocks",
     ),
+    "grouped_gemm_sm90": Launch("HopperTiles::kThreads", ("sizeof(HopperGemmShared<T, Config, k_major>)",)),
     "grouped_gemm_few_rows": Launch(
         "kFewRowsThreads", ("sizeof(FewRowsShared<T, FewRowsArithmetic<T, W, along_k>>)",), "2"
     ),
@@ -56,6 +57,7 @@ LAUNCHES = {
         ("sizeof(WeightGradShared<T, tensor_cores>)",),
         "OuterProducts<T, tensor_cores>::kBlocks",
     ),
+    "grouped_gemm_weight_grad_sm90": Launch("WeightGradTiles::kThreads", ("sizeof(HopperGradShared<T, Config>)",)),
     "grouped_gemm_bias_grad": Launch("kBiasGradThreads", ("sizeof(BiasGradShared<T>)",), "2"),
 }
 

@@ -34,7 +34,13 @@ memory 16 bytes a lane, asynchronous copies apart. No kernel spills or has a sta
 """
 
 
-MULTIPLY = ("grouped_gemm", "grouped_gemm_few_rows", "grouped_gemm_weight_grad")
+MULTIPLY = (
+    "grouped_gemm",
+    "grouped_gemm_sm90",
+    "grouped_gemm_few_rows",
+    "grouped_gemm_weight_grad",
+    "grouped_gemm_weight_grad_sm90",
+)
 LOOP_COLUMNS = (*ARITHMETIC, "LDSM", "LDS", "LDGSTS", "LDG", "BAR")
 
 # Of one processor: shared memory in bytes; the rest is the same on sm_80 and sm_90. CUDA C++ Programming Guide,

@@ -87,9 +87,43 @@ def test_no_processor_multiplies_two_large_tiles_while_others_have_none():
     assert tiles(H100, rows=(full + 1) * LARGE, experts=1, n=128)["rows"] == SMALL
 
 
+# Columns of a tile of w_in and of w_out on an H100: 256 where two warpgroups share a tile, 128 where they take turns.
+HOPPER_CHOICES = {
+    "quick-fine": (256, 128),
+    "mixtral-slice": (256, 128),
+    "qwen3-slice": (128, 128),
+    "mixtral-8x7b": (256, 256),
+    "qwen3-30b": (256, 128),
+    "qwen3-next": (256, 128),
+    "deepseek-v3-ep8": (256, 256),
+    "gpt-oss-20b": (256, 256),
+    "sonic-7b": (256, 128),
+    "sonic-30b": (256, 256),
+    "mixtral-8x7b-prefill": (256, 256),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER_CHOICES)
+def test_choice_on_hopper(name):
+    """Long reductions share tiles, as they fetch less for a product; short ones take turns, as stores are hidden."""
+    shape = STANDING[name]
+    w_in, w_out = (shape.inner * (2 if shape.gated else 1), shape.hidden), (shape.hidden, shape.inner)
+    chosen = [tiles(H100, rows=shape.rows, experts=shape.experts, n=n, k=k, arch=90) for n, k in (w_in, w_out)]
+    assert tuple(each["cols"] for each in chosen) == HOPPER_CHOICES[name]
+    assert all(each["rows"] == 128 and each["depth"] == 64 for each in chosen)
+
+
+def test_hopper_takes_what_it_can_copy():
+    for options in ({"dtype": "float32"}, {"dtype": "float32", "allow_tf32": True}, {"direct": False}):
+        assert tiles(H100, arch=90, k=2048, **options) == tiles(H100, **options)
+    assert tiles(H100, arch=80, k=2048) == tiles(H100)
+    assert tiles(H100, arch=90, k=2048, dtype="float16") == tiles(H100, arch=90, k=2048)
+
+
 def test_sizes_of_nothing():
     for sizes in ({"rows": 0}, {"experts": 0}, {"n": 0}, {"rows": 2**31 - 1, "experts": 2**31 - 2, "n": 2**40}):
         assert tiles(H100, **sizes)["rows"] in (SMALL, LARGE)
+        assert tiles(H100, **sizes, arch=90, k=2**40)["rows"] == 128
 
 
 @pytest.fixture(scope="module")

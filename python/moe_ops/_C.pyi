@@ -5,5 +5,14 @@ def has_cuda_kernels(architectures: str, arch: int) -> bool: ...
 def build_facts() -> dict[str, str]: ...
 def roofs(bytes: int, seconds: float = 0.2) -> dict[str, float]: ...
 def gemm_tiles(
-    processors: int, dtype: str, rows: int, experts: int, n: int, *, direct: bool = True, allow_tf32: bool = False
+    processors: int,
+    dtype: str,
+    rows: int,
+    experts: int,
+    n: int,
+    *,
+    direct: bool = True,
+    allow_tf32: bool = False,
+    arch: int = 80,
+    k: int = 0,
 ) -> dict[str, int]: ...

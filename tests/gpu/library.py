@@ -16,11 +16,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
-SOURCES = [HERE / "stages.cpp", *sorted((ROOT / "csrc/cuda/launch").glob("*.cu"))]
+SOURCES = [HERE / "stages.cpp", HERE / "device.cpp", *sorted((ROOT / "csrc/cuda/launch").rglob("*.cu"))]
 HEADERS = [HERE / "device.h", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))]
 # PTX alone: the driver compiles what a test launches, for the card that is there.
 OPTIONS = ["-std=c++20", "-O3", "-lineinfo", "-cudart", "shared", "-Xcompiler", "-fPIC"]
-OPTIONS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ("80", "90a")]
+ARCHITECTURES = ("80", "90a")  # the latter alone for what lies in launch/sm90
 
 
 class Unavailable(Exception):
@@ -53,12 +53,15 @@ def toolkit() -> tuple[str, Path]:
 
 def _compile(source: Path, common: bytes) -> Path:
     key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
-    target = BUILD / f"{source.stem}.{key}.o"
+    hopper = source.parent.name == "sm90"
+    name = f"{source.stem}_sm90" if hopper else source.stem
+    target = BUILD / f"{name}.{key}.o"
     if not target.exists():
-        for old in BUILD.glob(f"{source.stem}.*.o"):
+        for old in BUILD.glob(f"{name}.*.o"):
             old.unlink()
         part = target.with_suffix(f".{os.getpid()}")
-        command = [nvcc(), *OPTIONS, "-I", ROOT / "csrc", "-I", HERE, "-c", source, "-o", part]
+        targets = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHITECTURES[hopper:]]
+        command = [nvcc(), *OPTIONS, *targets, "-I", ROOT / "csrc", "-I", HERE, "-c", source, "-o", part]
         subprocess.run(command, check=True)
         part.rename(target)
     return target
@@ -78,14 +81,32 @@ def build() -> Path:
     return library
 
 
-def load() -> ctypes.CDLL:
-    """The stages, ready to run; Unavailable says what is missing."""
+def runtime() -> tuple[ctypes.CDLL, Path]:
+    """The runtime that sees a device, and the folder it lies in; Unavailable says what is missing."""
     major, folder = toolkit()
     wanted = Path(os.environ.get("MOE_OPS_CUDA_RUNTIME", folder)).resolve()
-    runtime = ctypes.CDLL(str(wanted / f"libcudart.so.{major}"), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(wanted / f"libcudart.so.{major}"), mode=ctypes.RTLD_GLOBAL)
     count = ctypes.c_int()
-    if runtime.cudaGetDeviceCount(ctypes.byref(count)) != 0 or count.value == 0:
+    if library.cudaGetDeviceCount(ctypes.byref(count)) != 0 or count.value == 0:
         raise Unavailable("there is no CUDA device (MOE_OPS_CUDA_RUNTIME can name a folder with an emulator's runtime)")
+    return library, wanted
+
+
+def build_program(name: str) -> Path:
+    """One of arch/, for sm_90a."""
+    target = BUILD / "arch" / name
+    sources = [HERE / "arch" / f"{name}.cu", HERE / "device.cpp", ROOT / "csrc/cuda/launch/tensor_map.cu"]
+    newest = max(path.stat().st_mtime for path in (*HEADERS, HERE / "arch" / "check.h", *sources))
+    if not target.exists() or target.stat().st_mtime < newest:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        options = [*OPTIONS, "-gencode=arch=compute_90a,code=compute_90a", "-I", ROOT / "csrc", "-I", HERE]
+        subprocess.run([nvcc(), *options, *sources, "-o", target], check=True)
+    return target
+
+
+def load() -> ctypes.CDLL:
+    """The stages, ready to run; Unavailable says what is missing."""
+    _, wanted = runtime()
     library = ctypes.CDLL(str(build()))
     library.runtime.restype = ctypes.c_char_p
     used = Path(os.fsdecode(library.runtime())).resolve().parent

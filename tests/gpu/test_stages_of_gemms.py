@@ -13,6 +13,7 @@ from moe_ops.checks import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_tiles = pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "batch_invariant"])  # other tiles
 every_orientation = pytest.mark.parametrize("orient", [lambda w: w, transposed], ids=["k_major", "n_major"])
 
 FEW = Case("few_rows", tokens=20, experts=5, top_k=3, hidden=48, inner=40, choose=some_dropped)
@@ -33,13 +34,14 @@ def product(plan):
     return call
 
 
-def store(card, case, a, w, bias=None, plan=None):
+def store(card, case, a, w, bias=None, plan=None, batch_invariant=False):
     """a's rows, gathered by a plan where one is given, times the weights of their expert."""
     plan_ = plan or reference.plan(case.ids(), case.experts)
     out = card.new(case.tokens * case.top_k, w.shape[1], dtype=a.dtype)
     card.run(
         "grouped_gemm", "GroupedGemmParams", a=card.rows(a, plan), weight=card.weights(w), bias=card.vector(bias),
         offsets=card.put(plan_.offsets), **shapes(case, *w.shape[1:]), out=card.matrix(out),
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     card.fetch()
     return out
@@ -65,7 +67,8 @@ def test_every_case(case, dtype, card):
 @every_dtype
 @every_orientation
 @pytest.mark.parametrize("place", [lambda t: t, unaligned], ids=["aligned", "unaligned"])
-def test_store(case, dtype, orient, place, card):
+@every_tiles
+def test_store(case, dtype, orient, place, batch_invariant, card):
     plan = reference.plan(case.ids(), case.experts)
     tensors = {
         "a": place(randn(case.tokens, case.hidden, dtype=dtype)),
@@ -73,7 +76,32 @@ def test_store(case, dtype, orient, place, card):
         "bias": randn(case.experts, case.inner, dtype=dtype, seed=2),
     }
     oracle, eager = references(product(plan), tensors, (), {})
-    hold({"result": store(card, case, **tensors, plan=plan)}, eager, oracle)
+    ours = store(card, case, **tensors, plan=plan, batch_invariant=batch_invariant)
+    hold({"result": ours}, eager, oracle)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
+@every_orientation
+@every_tiles
+def test_many_tiles(gathered, dtype, orient, batch_invariant, card):
+    """More than there are processors, experts without rows and with one, rows of none, no dimension a multiple."""
+    ends = [0, 0, 1, 300, 300, 450, 1030]
+    rows, n, k = 1100, 1544, 136
+    offsets, slots = torch.tensor(ends, dtype=torch.int32), torch.randperm(rows, generator=seeded(7), dtype=torch.int32)
+    a, x = randn(rows, k, dtype=dtype), torch.empty(rows, k, dtype=dtype)
+    x[slots.long()] = a
+    w = orient(randn(len(ends) - 1, n, k, dtype=dtype, seed=1, scale=k**-0.5))
+    oracle, eager = references(lambda api, a, w: api.grouped_gemm(a, w, offsets), {"a": a, "w": w}, (), {})
+    out = card.new(rows, n, dtype=dtype)
+    gather = {"row_slot": card.put(slots), "width": 1} if gathered else {}
+    card.run(
+        "grouped_gemm", "GroupedGemmParams", num_experts=len(ends) - 1, num_rows=rows, n=n, k=k,
+        a=STRUCTS["GatheredRows"](rows=card.matrix(x if gathered else a), num_rows=rows, **gather),
+        weight=card.weights(w), offsets=card.put(offsets), out=card.matrix(out), batch_invariant=batch_invariant,
+    )  # fmt: skip
+    card.fetch()
+    hold({"result": out}, eager, oracle)
 
 
 @pytest.mark.parametrize("tokens", [3, 70])
@@ -119,7 +147,8 @@ def route_weights(case):
 
 
 @every_epilogue
-def test_activate(options, case, dtype, card):
+@every_tiles
+def test_activate(options, case, dtype, batch_invariant, card):
     """The pre-activation and what becomes of it; the rows times their route weight."""
     plan, score = reference.plan(case.ids(), case.experts), route_weights(case)
     columns = case.inner * (2 if options.get("gated", True) else 1)
@@ -142,14 +171,15 @@ def test_activate(options, case, dtype, card):
         "grouped_gemm", "GroupedGemmParams", a=card.rows(tensors["x"], plan, score), weight=card.weights(tensors["w"]),
         offsets=card.put(plan.offsets), **shapes(case, columns, case.hidden), bias=card.vector(tensors["bias"]),
         epilogue=ENUMS["Epilogue"].index("activate"), activation=activation_of(**options),
-        out=card.matrix(ours["inner"]), pre=card.matrix(ours["pre"]),
+        batch_invariant=batch_invariant, out=card.matrix(ours["inner"]), pre=card.matrix(ours["pre"]),
     )  # fmt: skip
     card.fetch()
     hold(ours, eager, oracle)
 
 
 @every_epilogue
-def test_activate_backward(options, case, dtype, card):
+@every_tiles
+def test_activate_backward(options, case, dtype, batch_invariant, card):
     """dH, the inner rows times their score, and the score's gradient, from dY and the pre-activation."""
     plan, rows = reference.plan(case.ids(), case.experts), case.tokens * case.top_k
     columns = case.inner * (2 if options.get("gated", True) else 1)
@@ -179,6 +209,7 @@ def test_activate_backward(options, case, dtype, card):
         "grouped_gemm", "GroupedGemmParams", a=card.rows(grad_y, plan), weight=card.weights(tensors["w"].mT),
         offsets=card.put(plan.offsets), **shapes(case, case.inner, case.hidden),
         epilogue=ENUMS["Epilogue"].index("activate_backward"), activation=activation_of(**options),
+        batch_invariant=batch_invariant,
         out=card.matrix(ours["scaled"]), pre=card.matrix(tensors["pre"]), grad_pre=card.matrix(ours["grad pre"]),
         score=card.vector(tensors["score"]), score_bias=card.vector(tensors["bias"]),
         grad_score=card.address(ours["grad score"]),

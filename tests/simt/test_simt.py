@@ -10,6 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+ARCH = ROOT / "tests/gpu/arch"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 SEEDS = (0, 1, 2)
 
@@ -25,7 +26,9 @@ def compiled(tmp_path_factory):
         program = folder / "".join([name, *options])
         if not program.exists():
             command = [COMPILER, "-std=c++20", "-O1", "-rdynamic", *options, f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-            subprocess.run([*command, HERE / "programs" / f"{name}.cpp", "-o", program], check=True)
+            source = next(path for path in (HERE / f"programs/{name}.cpp", ARCH / f"{name}.cu") if path.exists())
+            command += ["-x", "c++", source, ROOT / "csrc/cuda/launch/tensor_map.cu"]
+            subprocess.run([*command, "-o", program], check=True)
         return program
 
     return build
@@ -43,6 +46,13 @@ def test_instructions(seed, compiled):
     status, text = run(compiled("instructions"), seed=seed)
     assert status == 0, text
     assert len(re.findall(": right", text)) == 12
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("program", ["wgmma", "tma", "barriers"])
+def test_instructions_of_sm_90(program, seed, compiled):
+    status, text = run(compiled(program), seed=seed)
+    assert status == 0 and ": right" in text, text
 
 
 # What the emulator says of each fault; "wrong" is what a comparison of results says.
@@ -68,14 +78,43 @@ FAULTS = {
 }
 
 
+UNFENCED = r"reads byte \d+ of shared memory, which a thread wrote .*and no fence_async_proxy followed at .*faults_sm90"
+FAULTS_OF_SM_90 = {
+    "store_before_wgmma": "wgmma's a " + UNFENCED,
+    "copy_before_wgmma": "wgmma's a " + UNFENCED,
+    "store_before_tma_store": "tma_store " + UNFENCED,
+    "fence_too_early": "tma_store " + UNFENCED,
+    "slot_released_early": r"an operand of the wgmma at .* was overwritten before its wgmma_wait",
+    "copies_over_a_running_wgmma": r"an operand of the wgmma at .* was overwritten before its wgmma_wait",
+    "accumulators_read_early": "wrong: d",
+    "missing_wgmma_fence": "wgmma without a wgmma_fence before it",
+    "missing_wait_for_tma": r"an operand of the wgmma at .* was overwritten|wrong: d",
+    "missing_wait_for_copies": f"wgmma's a {UNFENCED}|an operand of the wgmma at .* was overwritten|wrong: d",
+    "wrong_bytes": r"deadlock in block .* waits in Barrier::wait at .*faults_sm90",
+    "missing_barrier_fence": "tma_load with a barrier whose init no fence_barrier_init followed",
+    "too_many_arrivals": "more arrivals at a barrier than it counts",
+    "overwritten_while_stored": "shared memory was written while a tma_store may still read it",
+    "store_not_waited_for": "a thread ends whose tma_store may still read shared memory",
+    "wgmma_not_waited_for": "a thread ends before wgmma_wait",
+    "warps_disagree": "the warps of a warpgroup have asked for different wgmmas",
+    "missing_named_barrier": "wrong: out",
+    "wrong_count_of_threads": "a barrier of 64 threads, where others wait for 32|deadlock .* waits in a named barrier",
+    "too_few_registers": "deadlock in block .* waits in take_registers",
+    "block_ends_early": "an arrival at the barrier of a block that has ended|wrong: out",
+    "wrong_parity": "deadlock in block .* waits in Barrier::wait",
+}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught(fault, seed, compiled):
-    program = compiled("faults")
-    assert run(program, fault, "mended", seed=seed) == (0, "right\n")
-    status, text = run(program, fault, seed=seed)
-    assert status == 1 and re.search(FAULTS[fault], text), text
-    if not FAULTS[fault].startswith("wrong"):
+@pytest.mark.parametrize(
+    "program, fault", [("faults", each) for each in FAULTS] + [("faults_sm90", each) for each in FAULTS_OF_SM_90]
+)
+def test_fault_is_caught(program, fault, seed, compiled):
+    kernels, expected = compiled(program), (FAULTS | FAULTS_OF_SM_90)[fault]
+    assert run(kernels, fault, "mended", seed=seed) == (0, "right\n")
+    status, text = run(kernels, fault, seed=seed)
+    assert status == 1 and re.search(expected, text), text
+    if program == "faults" and not expected.startswith("wrong"):
         assert f"::{fault}<false>" in text and f"(seed {seed}, launch 0)" in text
 
 

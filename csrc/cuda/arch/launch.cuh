@@ -13,6 +13,8 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;  // of the struct that the kernel reads with arch::shared
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // blocks along x that run together and reach each other's shared memory; sm_90
+  bool early = false;    // may start before the grid ahead of it has ended, see arch/grid.cuh; sm_90
 };
 
 // CUDA also keeps an error for whoever asks for the last one: it is taken away, or torch's next launch would report it
@@ -30,8 +32,22 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
   if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
   if (at.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(at.shared_bytes)));
-  const cudaLaunchConfig_t config{
-      .gridDim = at.grid, .blockDim = at.block, .dynamicSmemBytes = at.shared_bytes, .stream = at.stream};
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (at.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {at.cluster, 1, 1};
+  }
+  if (at.early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  const cudaLaunchConfig_t config{.gridDim = at.grid,
+                                  .blockDim = at.block,
+                                  .dynamicSmemBytes = at.shared_bytes,
+                                  .stream = at.stream,
+                                  .attrs = attributes,
+                                  .numAttrs = count};
   check(cudaLaunchKernelEx(&config, kernel, Params(args)...));
 }
 

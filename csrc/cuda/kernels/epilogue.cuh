@@ -178,12 +178,11 @@ MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& t
 
 // Rows of no expert.
 template <class T>
-MOE_INLINE void zero_tile(const GroupedGemmParams& p, const Tile& tile) {
+MOE_INLINE void zero_tile(const GroupedGemmParams& p, const Tile& tile, const Lanes& lanes = {}) {
   const bool backward = p.epilogue == Epilogue::activate_backward;
   const int64_t inner = backward || !p.activation.gated ? p.n : p.n / 2;
   const Matrix& h = backward ? p.grad_pre : p.pre;
   const PairRows<T> out(p.out), pre(h, inner);
-  const Lanes lanes{};
   for (int row = lanes.warp; row < tile.rows; row += lanes.warps)
     for (int col = lanes.col; col < tile.cols; col += 64) {
       const int n = min(tile.cols - col, 2);

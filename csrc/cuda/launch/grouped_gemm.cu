@@ -84,7 +84,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Device& device) {
     if (p.grad_score) sum_score_gradients(p, nullptr, 0, device);
   } else if (p.num_rows <= kFewRowsOfProblem && !p.batch_invariant) {
     grouped_gemm_few_rows(p, device);
-  } else {
+  } else if (!grouped_gemm_sm90(p, device)) {
     std::visit([&](auto type) { multiply<typename decltype(type)::type>(p, device); },
                float_type(p.a.rows.dtype, "grouped_gemm"));
   }

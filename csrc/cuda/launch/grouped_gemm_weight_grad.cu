@@ -2,6 +2,7 @@
 #include "cuda/kernels/grouped_gemm_weight_grad.cuh"
 #include "cuda/launch/access.h"
 #include "cuda/launch/gemm_config.h"
+#include "cuda/launch/grouped_gemm_weight_grad.h"
 #include "cuda/launch/variant.h"
 #include "device.h"
 
@@ -24,6 +25,7 @@ void start(const WeightGradLaunch& at, const Device& device) {
 
 void grouped_gemm_weight_grad(const WeightGradParams& p, const Device& device) {
   float_type(p.out_dtype, "grouped_gemm_weight_grad");
+  if (grouped_gemm_weight_grad_sm90(p, device)) return;
   const WeightGradLaunch at{.p = p,
                             .n_tiles = ceil_div(p.n, kGradCols),
                             .k_tiles = ceil_div(p.k, kGradCols),

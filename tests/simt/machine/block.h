@@ -4,16 +4,22 @@
 #include <cuda_runtime.h>
 
 #include <array>
-#include <bit>
 #include <exception>
+#include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "machine/async.h"
+#include "machine/async_proxy.h"
 #include "machine/fiber.h"
+#include "machine/mbarrier.h"
 #include "machine/memory.h"
 #include "machine/random.h"
+#include "machine/thread_set.h"
+#include "machine/wgmma.h"
 
 namespace simt {
 
@@ -24,6 +30,10 @@ struct Thread {
   unsigned number;
   bool returned = false;
   AsyncCopies copies;
+  BulkStores stores;
+  unsigned registers = 0;
+  bool registers_set = false;
+  std::optional<uint64_t> cluster_phase;  // in which it has arrived
 
   // Where it last waited, and for which lanes of its warp.
   const char* instruction = "";
@@ -43,10 +53,16 @@ struct Lanes {
   Args& operator[](unsigned lane) const { return *static_cast<Args*>(of[lane]); }
 };
 
+class Cluster;
+
+inline std::string show(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
 class Block {
  public:
-  Block(dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shared, void (*body)(const void*),
-        const void* arguments, uint64_t seed);
+  Block(Cluster& cluster, unsigned rank, dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shared,
+        void (*body)(const void*), const void* arguments, uint64_t seed);
   ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -55,10 +71,13 @@ class Block {
   void run();
   bool finished() const { return returned_ == threads_.size(); }
   bool progressed() const { return progressed_; }  // in the last run
-  std::string waiting() const;                     // who waits where, for a message
+  bool can_go_on() const { return !ready_.empty(); }
+  bool spins() const { return !spinning_.empty(); }
+  std::string waiting() const;  // who waits where, for a message
 
   // For the thread that runs.
   void sync(unsigned barrier, unsigned threads, Where where);
+  void arrive(unsigned barrier, unsigned threads, Where where);
   void spin(Where where);
   template <class Args>
   void together(const char* instruction, uint32_t lanes, Args& args, void (*act)(const Lanes<Args>&), Where where) {
@@ -67,7 +86,24 @@ class Block {
            reinterpret_cast<void (*)(const Lanes<Args>&)>(act)({.mask = lanes, .of = of});
          });
   }
+  void wait_in(ThreadSet& waiting, const char* instruction, Where where);  // until wake(waiting)
+  void pass_turn(const char* instruction, Where where);                    // others may come first
+  void grow_registers(unsigned count, Where where);
+  void shrink_registers(unsigned count, Where where);
+
+  // What happens beside the threads: at some time, at the latest when no thread can go on without it.
+  void later(const char* what, std::function<void()> event) { events_.push_back({what, std::move(event)}); }
+  void wake(ThreadSet& waiting);
+
   Thread& thread() { return *running_; }
+  unsigned number_of_threads() const { return unsigned(threads_.size()); }
+  size_t running_threads() const { return threads_.size() - returned_; }
+  Wgmmas& wgmmas() { return wgmmas_[running_->number / 32]; }
+  AsyncProxy& async_proxy() { return async_proxy_; }
+  std::map<int64_t, MBarrier>& mbarriers() { return mbarriers_; }
+  Random& random() { return random_; }
+  Cluster& cluster() { return cluster_; }
+  unsigned rank() const { return rank_; }
   GuardedMemory& shared() { return *shared_; }
   uint3 index() const { return index_; }
 
@@ -78,26 +114,13 @@ class Block {
     uint32_t arrived = 0;
     std::array<void*, 32> args;
   };
-  // Threads of the block, as lanes by warp.
-  class Set {
-   public:
-    bool empty() const { return warps_ == 0; }
-    void add(unsigned warp, uint32_t lanes) { lanes_[warp] |= lanes, warps_ |= 1u << warp; }
-    void add(const Set& other) {
-      for (uint32_t left = other.warps_; left; left &= left - 1) add(lowest(left), other.lanes_[lowest(left)]);
-    }
-    unsigned first() const { return lowest(warps_) * 32 + lowest(lanes_[lowest(warps_)]); }
-    unsigned take(Random& random);
-
-   private:
-    static unsigned lowest(uint32_t bits) { return unsigned(std::countr_zero(bits)); }
-
-    uint32_t warps_ = 0, drawn_ = 0;
-    std::array<uint32_t, 32> lanes_{};
-  };
   struct Barrier {
     unsigned threads = 0, count = 0;  // that meet here; that have come
-    Set arrived;
+    ThreadSet arrived;
+  };
+  struct Event {
+    const char* what;
+    std::function<void()> happens;
   };
 
   static void enter();
@@ -106,14 +129,25 @@ class Block {
   void wait_at(const char* instruction, uint32_t lanes, Where where);
   void expect_same_place(const Thread& other) const;
   Thread* draw();
+  void let_happen();
+  void expect_nothing_open();
+  void count(unsigned barrier, unsigned threads, Where where);
   void give_turn(bool ends = false);
   Thread& in_warp(unsigned lane) { return threads_[running_->number / 32 * 32 + lane]; }
 
+  Cluster& cluster_;
+  unsigned rank_;
   std::shared_ptr<GuardedMemory> shared_;
+  AsyncProxy async_proxy_;
+  std::map<int64_t, MBarrier> mbarriers_;  // by their place in shared memory
+  std::vector<Event> events_;
+  std::vector<Wgmmas> wgmmas_;  // of each warp
+  ThreadSet waiting_for_registers_;
+  unsigned free_registers_ = 0;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::array<Barrier, 16> barriers_;
-  Set ready_, spinning_;
+  ThreadSet ready_, spinning_;
   Random random_;
   uint3 index_;
   void (*body_)(const void*);

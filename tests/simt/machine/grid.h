@@ -15,6 +15,7 @@ namespace simt {
 struct Grid {
   dim3 grid, block;
   size_t shared_bytes;
+  unsigned cluster;
   void (*body)(const void*);
   const void* arguments;
 };
@@ -22,37 +23,43 @@ struct Grid {
 // Of this process; tests count them.
 inline uint64_t launches = 0;
 
-inline void run_blocks(const Grid& at, Random& random) {
-  std::vector<uint64_t> order(uint64_t(at.grid.x) * at.grid.y * at.grid.z);
+inline uint3 index_of(uint64_t i, dim3 grid) {
+  return {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+}
+
+inline void run_clusters(const Grid& at, Random& random) {
+  std::vector<uint64_t> order(uint64_t(at.grid.x) * at.grid.y * at.grid.z / at.cluster);
   std::iota(order.begin(), order.end(), 0);
   random.shuffle(order);
-  std::vector<std::unique_ptr<Block>> spinning;
-  const auto run = [](Block& block) {
-    Block::current = &block;
-    blockIdx = block.index();
-    block.run();
-    if (block.finished()) GuardedMemory::check_guards();
-    return block.finished();
+  std::vector<std::unique_ptr<Cluster>> spinning;
+  const auto run = [&](Cluster& cluster) {
+    cluster.run(random);
+    if (cluster.finished()) GuardedMemory::check_guards();
+    return cluster.finished();
   };
-  std::shared_ptr<GuardedMemory> shared;  // one for all blocks, but for those that spin
+  std::vector<std::shared_ptr<GuardedMemory>> shared(at.cluster);  // one for all clusters, but for those that spin
   bool progressed = true;
   for (size_t next = 0; next < order.size() || !spinning.empty();) {
-    if (next == order.size() && !progressed)
-      throw Error("deadlock: every block that is left spins, block " + show(spinning[0]->index()) + ": " +
-                  spinning[0]->waiting());
+    if (next == order.size() && !progressed) {
+      const Block& block = spinning[0]->first_unfinished();
+      throw Error("deadlock: every block that is left spins, block " + show(block.index()) + ": " + block.waiting());
+    }
     progressed = false;
-    std::erase_if(spinning, [&](auto& block) {
-      const bool finished = run(*block);
-      progressed |= block->progressed();
+    std::erase_if(spinning, [&](auto& cluster) {
+      const bool finished = run(*cluster);
+      progressed |= cluster->progressed();
       return finished;
     });
     if (next == order.size()) continue;
-    const uint64_t i = order[next++];
-    const uint3 index{unsigned(i % at.grid.x), unsigned(i / at.grid.x % at.grid.y),
-                      unsigned(i / at.grid.x / at.grid.y)};
-    if (shared.use_count() != 1) shared = std::make_shared<GuardedMemory>(at.shared_bytes, "shared memory");
-    auto block = std::make_unique<Block>(at.block, index, shared, at.body, at.arguments, random.next());
-    if (!run(*block)) spinning.push_back(std::move(block));
+    const uint64_t first = order[next++] * at.cluster;
+    auto cluster = std::make_unique<Cluster>();
+    for (unsigned rank = 0; rank < at.cluster; ++rank) {
+      auto& own = shared[rank];
+      if (own.use_count() != 1) own = std::make_shared<GuardedMemory>(at.shared_bytes, "shared memory");
+      cluster->add(std::make_unique<Block>(*cluster, rank, at.block, index_of(first + rank, at.grid), own, at.body,
+                                           at.arguments, random.next()));
+    }
+    if (!run(*cluster)) spinning.push_back(std::move(cluster));
     progressed = true;
   }
 }
@@ -76,6 +83,7 @@ inline void expect_launchable(const Grid& at) {
   expect(at.grid.x < 1u << 31 && at.grid.y < 1u << 16 && at.grid.z < 1u << 16, "the grid is too large");
   expect(threads > 0 && threads <= 1024 && at.block.z <= 64, "a block of no or too many threads");
   expect(at.shared_bytes <= most_shared, "too much shared memory");
+  expect(at.cluster >= 1 && at.cluster <= 8 && at.grid.x % at.cluster == 0, "a grid of no whole clusters of 1 to 8");
 }
 
 inline void run_grid(const Grid& at, const void* kernel) {
@@ -85,7 +93,7 @@ inline void run_grid(const Grid& at, const void* kernel) {
   gridDim = at.grid, blockDim = at.block;
   try {
     expect_launchable(at);
-    run_blocks(at, random);
+    run_clusters(at, random);
     Block::current = nullptr;
     GuardedMemory::check_guards();
   } catch (const Error& error) {

@@ -1,13 +1,9 @@
 // How the threads of a block take turns: the members of Block.
 #pragma once
 
-#include "machine/block.h"
+#include "machine/cluster.h"
 
 namespace simt {
-
-inline std::string show(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
 
 inline std::string hex(uint32_t lanes) {
   char text[16];
@@ -37,9 +33,12 @@ inline std::unique_ptr<Stack> take_stack() {
   return stack;
 }
 
-inline Block::Block(dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shared, void (*body)(const void*),
-                    const void* arguments, uint64_t seed)
-    : shared_(std::move(shared)),
+inline Block::Block(Cluster& cluster, unsigned rank, dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shared,
+                    void (*body)(const void*), const void* arguments, uint64_t seed)
+    : cluster_(cluster),
+      rank_(rank),
+      shared_(std::move(shared)),
+      async_proxy_(*shared_),
       threads_(size_t(shape.x) * shape.y * shape.z),
       warps_((threads_.size() + 31) / 32),
       random_(seed),
@@ -47,9 +46,12 @@ inline Block::Block(dim3 shape, uint3 index, std::shared_ptr<GuardedMemory> shar
       body_(body),
       arguments_(arguments) {
   shared_->fill();
+  wgmmas_.resize(warps_.size());
+  const unsigned registers = unsigned(std::min<size_t>(65536 / threads_.size(), 256) / 8 * 8);
   for (unsigned i = 0; i < threads_.size(); ++i) {
     Thread& thread = threads_[i];
     thread.number = i;
+    thread.registers = registers;
     thread.index = {i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
     thread.stack = take_stack();
     start(thread.fiber, *thread.stack, &Block::enter);
@@ -70,12 +72,14 @@ inline void Block::enter() {
   arrived(self.fiber);
   try {
     block.body_(block.arguments_);
+    block.expect_nothing_open();
   } catch (...) {
     block.error_ = std::current_exception();
   }
   self.returned = true;
   ++block.returned_;
   block.progressed_ = true;
+  block.cluster_.turn();
   block.give_turn(true);
 }
 
@@ -85,23 +89,40 @@ inline void Block::run() {
   describe_own_stack(scheduler_);
   if (Thread* first = draw()) switch_fiber(scheduler_, first->fiber);
   if (error_) std::rethrow_exception(error_);
-  if (!finished() && spinning_.empty()) throw Error("deadlock in block " + show(index_) + ": " + waiting());
 }
 
-// Some thread of the set, most often one of the warp that ran last: its stacks are in the cache.
-inline unsigned Block::Set::take(Random& random) {
-  const uint64_t dice = random.next();
-  const auto draw = [](uint32_t of, int from) { return unsigned(from + std::countr_zero(std::rotr(of, from))) % 32; };
-  if (!(warps_ >> drawn_ & 1) || dice >> 61 == 0) drawn_ = draw(warps_, int(dice >> 32 & 31));
-  const unsigned lane = draw(lanes_[drawn_], int(dice >> 40 & 31));
-  lanes_[drawn_] &= ~(1u << lane);
-  if (!lanes_[drawn_]) warps_ &= ~(1u << drawn_);
-  return drawn_ * 32 + lane;
+inline void Block::expect_nothing_open() {
+  const Where where = running_->where;
+  if (running_->stores.reads_shared()) fail("a thread ends whose tma_store may still read shared memory", where);
+  running_->stores.wait(0, where);
+  if (wgmmas_[running_->number / 32].busy()) fail("a thread ends before wgmma_wait", where);
+  if (running_threads() > 1) return;
+  for (size_t warp = 0; warp < wgmmas_.size(); ++warp)
+    if (wgmmas_[warp].asked() != wgmmas_[warp / 4 * 4].asked())
+      fail("the warps of a warpgroup have asked for different wgmmas", where);
+  if (!events_.empty()) fail("the block ends before " + std::string(events_[0].what) + " has landed", where);
+}
+
+inline void Block::let_happen() {
+  const size_t i = random_.below(uint32_t(events_.size()));
+  const Event event = std::move(events_[i]);
+  events_.erase(events_.begin() + ptrdiff_t(i));
+  progressed_ = true;
+  try {
+    event.happens();
+  } catch (...) {
+    error_ = std::current_exception();
+  }
 }
 
 // Takes one of the ready threads and puts its index where the kernel reads it.
 inline Thread* Block::draw() {
-  if (ready_.empty()) return nullptr;
+  while (!error_ && !events_.empty() && (ready_.empty() || random_.below(32) == 0)) let_happen();
+  if (error_ || ready_.empty()) return nullptr;
+  if (cluster_.size() > 1 && random_.below(64) == 0) {  // a block of the cluster may come in between
+    progressed_ = true;
+    return nullptr;
+  }
   running_ = &threads_[ready_.take(random_)];
   threadIdx = running_->index;
   return running_;
@@ -157,20 +178,64 @@ inline void Block::meet(const char* instruction, uint32_t lanes, void* args, voi
 inline void Block::sync(unsigned barrier, unsigned threads, Where where) {
   Barrier& at = barriers_[barrier];
   wait_at(barrier == 0 ? "sync_block" : "a named barrier", 0, where);
-  if (at.count > 0) {
-    if (barrier == 0) expect_same_place(threads_[at.arrived.first()]);
-    if (at.threads != threads)
-      fail("a barrier of " + std::to_string(threads) + " threads, where others wait for " + std::to_string(at.threads),
-           where);
-  }
-  at.threads = threads;
+  if (barrier == 0 && at.count > 0) expect_same_place(threads_[at.arrived.first()]);
   at.arrived.add(running_->number / 32, 1u << running_->lane());
-  if (++at.count == threads) {
-    ready_.add(at.arrived);
-    at = {};
-    progressed_ = true;
-  }
+  count(barrier, threads, where);
   give_turn();
+}
+
+inline void Block::arrive(unsigned barrier, unsigned threads, Where where) {
+  count(barrier, threads, where);
+  pass_turn("arrive_threads", where);
+}
+
+inline void Block::count(unsigned barrier, unsigned threads, Where where) {
+  Barrier& at = barriers_[barrier];
+  if (at.count > 0 && at.threads != threads)
+    fail("a barrier of " + std::to_string(threads) + " threads, where others wait for " + std::to_string(at.threads),
+         where);
+  at.threads = threads;
+  if (++at.count < threads) return;
+  wake(at.arrived);
+  at = {};
+}
+
+inline void Block::wake(ThreadSet& waiting) {
+  ready_.add(std::exchange(waiting, {}));
+  progressed_ = true;
+}
+
+inline void Block::wait_in(ThreadSet& waiting, const char* instruction, Where where) {
+  wait_at(instruction, 0, where);
+  waiting.add(running_->number / 32, 1u << running_->lane());
+  give_turn();
+}
+
+inline void Block::pass_turn(const char* instruction, Where where) {
+  wait_at(instruction, 0, where);
+  ready_.add(running_->number / 32, 1u << running_->lane());
+  give_turn();
+}
+
+// How many a thread has at first is the compiler's choice; as many as there are is the most.
+inline void Block::grow_registers(unsigned count, Where where) {
+  Thread& self = *running_;
+  if (self.registers_set && count < self.registers)
+    fail("take_registers<" + std::to_string(count) + "> of a thread that has " + std::to_string(self.registers), where);
+  while (count > self.registers + free_registers_) wait_in(waiting_for_registers_, "take_registers", where);
+  free_registers_ = free_registers_ + self.registers - count;
+  self.registers = count;
+  self.registers_set = true;
+}
+
+inline void Block::shrink_registers(unsigned count, Where where) {
+  Thread& self = *running_;
+  if (count > self.registers)
+    fail("give_registers<" + std::to_string(count) + "> of a thread that has " + std::to_string(self.registers), where);
+  free_registers_ += self.registers - count;
+  self.registers = count;
+  self.registers_set = true;
+  wake(waiting_for_registers_);
 }
 
 inline void Block::spin(Where where) {

@@ -19,6 +19,7 @@ inline void copy_async_16(void* shared, const void* global, int valid = 16,
   simt::check_access("copy_async to shared memory", shared, 16, 16, where);
   simt::check_access("copy_async from global memory", global, size_t(valid), 16, where);
   simt::Block::current->thread().copies.copy(shared, global, 16, valid);
+  simt::Block::current->async_proxy().poison(shared, 16);
 }
 
 inline void copy_async_commit() { simt::Block::current->thread().copies.commit(); }

@@ -16,6 +16,8 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;
+  bool early = false;
 };
 
 inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
@@ -33,6 +35,7 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
   simt::run_grid({.grid = at.grid,
                   .block = at.block,
                   .shared_bytes = at.shared_bytes,
+                  .cluster = at.cluster,
                   .body =
                       [](const void* of) {
                         const auto& call = *static_cast<const Call*>(of);

@@ -1,0 +1,169 @@
+// The ragged-M grouped GEMM on sm_90a: out[r] = epilogue(a[r] . W_e^T + bias_e). Blocks walk over tiles. One warpgroup
+// fills a ring of stages; two multiply them with wgmma, share a tile or take turns, and finish it from their registers
+// while the next one's stages fill.
+#pragma once
+
+#include "cuda/arch/launch.cuh"
+#include "cuda/arch/mbarrier.cuh"
+#include "cuda/arch/named_barrier.cuh"
+#include "cuda/arch/proxy.cuh"
+#include "cuda/arch/registers.cuh"
+#include "cuda/arch/wgmma.cuh"
+#include "cuda/kernels/epilogue_sm90.cuh"
+#include "cuda/kernels/gemm_loads_sm90.cuh"
+#include "cuda/kernels/stage_ring.cuh"
+
+namespace moe {
+
+template <class T, class Config, bool k_major>
+struct HopperGemmShared {
+  static constexpr HopperTiles tiles = Config::value;
+  static constexpr int kConsumerRows = tiles.consumer_rows();
+
+  struct Stage {
+    Panels<T, 64, tiles.rows> a;
+    WeightStep<T, Config, k_major> b;
+  };
+  Stage stages[tiles.stages];
+  arch::Barrier full[tiles.stages], empty[tiles.stages];
+  float bias[HopperTiles::kConsumers][tiles.cols];
+};
+
+template <class T, class Config, bool k_major>
+MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Config, k_major>& shared) {
+  constexpr HopperTiles tiles = Config::value;
+  const GroupedGemmParams& p = at.p;
+  const bool gathers = !at.rows_by_tma;
+  if (!gathers && threadIdx.x >= 32) return;
+  GatheredRowLoader<T, tiles.rows> rows(p.a, p.k);
+  StageRing<tiles.stages> ring;
+  TileWalk walk(at.grid);
+  int index = int(blockIdx.x);
+  const auto seek = [&] {
+    const bool found = walk.seek(index) && walk.tile().expert < p.num_experts;
+    if (found && gathers) rows.find(walk.tile());
+    index += int(gridDim.x);
+    return found;
+  };
+  for (bool more = seek(); more;) {
+    const Tile tile = walk.tile();
+    const WeightColumns columns = weight_columns(p, tile, tiles.cols);
+    if (gathers) rows.begin(tile.rows);
+    more = seek();
+    for (int k = 0; k < int(p.k); k += tiles.kDepth, ring.advance()) {
+      auto& stage = shared.stages[ring.stage];
+      auto& full = shared.full[ring.stage];
+      shared.empty[ring.stage].wait(ring.parity ^ 1);
+      if (threadIdx.x == 0) {
+        full.arrive_expect_bytes(sizeof(stage.b) + (gathers ? 0 : sizeof(stage.a)));
+        load_weights(stage.b, at, full, columns, k, tile.expert);
+        if (!gathers) arch::tma_load(stage.a.values[0], at.row_boxes, full, k, int(tile.row_begin));
+      }
+      if (gathers) {
+        rows.load(stage.a, k);
+        full.arrive_after_copies();
+      }
+    }
+  }
+}
+
+// The steps of a reduction, to sums that were cleared; `row` is the first of A that this warpgroup multiplies.
+// gathers: std::true_type where A came by cp.async.
+template <class T, class Config, bool k_major>
+MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, StageRing<Config::value.stages>& ring,
+                               int steps, int row, auto gathers, auto& sums) {
+  constexpr HopperTiles tiles = Config::value;
+  using Stage = typename HopperGemmShared<T, Config, k_major>::Stage;
+  constexpr uint32_t kStepOfB = k_major ? 32 : 16 * 128;  // bytes between 16 of k and the next
+  Stage& first = shared.stages[0];
+  const uint64_t a = arch::wgmma_along_k(first.a.values[0][row]);
+  const uint64_t b =
+      k_major ? arch::wgmma_along_k(first.b.values) : arch::wgmma_across_k(first.b.values, first.b.kBytes);
+  const auto release = [&](int stage) {
+    if (arch::lane_id() == 0) shared.empty[stage].arrive();
+  };
+  int before = 0;  // the stage that is still being read
+#pragma unroll 2
+  for (int step = 0; step < steps; ++step) {
+    shared.full[ring.stage].wait(ring.parity);
+    if constexpr (decltype(gathers)::value) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
+    sums.hold();
+    arch::wgmma_fence();
+    const uint32_t chunks = uint32_t(ring.stage) * uint32_t(sizeof(Stage) / 16);
+    const uint64_t rows = arch::wgmma_advance_chunks(a, chunks), cols = arch::wgmma_advance_chunks(b, chunks);
+#pragma unroll
+    for (int k = 0; k < tiles.kDepth / 16; ++k)
+#pragma unroll
+      for (int block = 0; block < sums.kBlocks; ++block)
+        arch::wgmma<T, tiles.cols, false, !k_major>(sums.values[block],
+                                                    arch::wgmma_advance(rows, block * 64 * 128 + k * 32),
+                                                    arch::wgmma_advance(cols, k * kStepOfB));
+    arch::wgmma_commit();
+    arch::wgmma_wait<1>();
+    if (step > 0) release(before);
+    before = ring.stage;
+    ring.advance();
+  }
+  arch::wgmma_wait<0>();
+  sums.hold();
+  release(before);
+}
+
+template <class T, class Config, bool k_major>
+MOE_INLINE void multiply_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Config, k_major>& shared, int consumer) {
+  constexpr HopperTiles tiles = Config::value;
+  const GroupedGemmParams& p = at.p;
+  constexpr int rows = HopperGemmShared<T, Config, k_major>::kConsumerRows;
+  const int steps = int(ceil_div(p.k, tiles.kDepth)), row_begin = tiles.in_turns ? 0 : consumer * rows;
+  const int turns = tiles.in_turns ? tiles.kConsumers : 1;
+  const Lanes lanes{.warp = int(threadIdx.x) / 32 % (tiles.in_turns ? 4 : 8), .warps = tiles.in_turns ? 4 : 8};
+  WarpgroupSums<rows / 64, tiles.cols> sums;
+  StageRing<tiles.stages> ring;
+  TileWalk walk(at.grid);
+  int index = int(blockIdx.x);
+  if (tiles.in_turns && consumer > 0) index += int(gridDim.x), ring.skip(steps);
+  for (; walk.seek(index); index += turns * int(gridDim.x)) {
+    const Tile tile = walk.tile();
+    if (tile.expert == p.num_experts) {
+      zero_tile<T>(p, tile, lanes);
+      continue;
+    }
+    float* const bias = shared.bias[consumer];
+    const WeightColumns columns = weight_columns(p, tile, tiles.cols);
+    arch::sync_threads(1 + consumer, 128);  // the last tile's biases are read
+    for (int col = int(threadIdx.x) % 128; col < tiles.cols; col += 128)
+      bias[col] = p.bias.data ? read(p.bias, tile.expert * p.n + columns.template at<tiles.cols>(col)) : 0;
+    arch::sync_threads(1 + consumer, 128);  // this one's are written
+    sums.clear();
+    if (at.rows_by_tma) multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, std::false_type{}, sums);
+    else multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, std::true_type{}, sums);
+    if (tiles.in_turns) ring.skip(steps);
+    finish_sums<T>(p, tile, row_begin, sums, bias, at.parts, at.grid.col_tiles());
+  }
+}
+
+template <class T, class Config, bool k_major>
+__global__ void __launch_bounds__(HopperTiles::kThreads, 1)
+    grouped_gemm_sm90_kernel(const __grid_constant__ HopperGemmLaunch at) {
+  constexpr HopperTiles tiles = Config::value;
+  auto& shared = arch::shared<HopperGemmShared<T, Config, k_major>>();
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < tiles.stages; ++stage) {
+      shared.full[stage].init(at.rows_by_tma ? 1 : 1 + 128);  // the one that counts bytes, and every thread that copies
+      shared.empty[stage].init(tiles.in_turns ? 4 : 4 * tiles.kConsumers);
+    }
+    arch::fence_barrier_init();
+  }
+  arch::sync_block();  // the barriers are there
+
+  const int warpgroup = arch::shuffle(int(threadIdx.x) / 128, 0);  // that the compiler sees it is one for the warp
+  if (warpgroup == 0) {
+    arch::give_registers<tiles.kProducerRegisters>();
+    load_tiles(at, shared);
+  } else {
+    arch::take_registers<tiles.kConsumerRegisters>();
+    multiply_tiles(at, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace moe

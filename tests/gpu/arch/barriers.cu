@@ -1,0 +1,190 @@
+// mbarriers, named barriers and clusters: values handed from thread to thread; setmaxnreg and store_matrix beside them.
+#include "check.h"
+#include "cuda/arch/cluster.cuh"
+#include "cuda/arch/grid.cuh"
+#include "cuda/arch/mbarrier.cuh"
+#include "cuda/arch/named_barrier.cuh"
+#include "cuda/arch/registers.cuh"
+#include "cuda/arch/store_matrix.cuh"
+#include "cuda/arch/warp.cuh"
+
+namespace moe {
+namespace {
+
+constexpr int kSteps = 11, kStages = 3;
+
+struct RingShared {
+  alignas(16) int slots[kStages][32 * 4];
+  arch::Barrier full[kStages], empty[kStages];
+};
+
+// A warp copies rows of 128 numbers into a ring, the other three warps take them out, warp w those of w % 3.
+__global__ __launch_bounds__(128) void ring(const int* in, int* out) {
+  auto& shared = arch::shared<RingShared>();
+  const int lane = arch::lane_id(), warp = int(threadIdx.x) / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) shared.full[i].init(32), shared.empty[i].init(3);
+    arch::fence_barrier_init();
+  }
+  arch::sync_block();
+  for (int step = 0; step < kSteps; ++step) {
+    const int stage = step % kStages;
+    const auto parity = uint32_t(step / kStages % 2);
+    if (warp == 0) {
+      shared.empty[stage].wait(parity ^ 1);
+      arch::copy_async_16(&shared.slots[stage][4 * lane], in + 128 * step + 4 * lane);
+      shared.full[stage].arrive_after_copies();
+    } else {
+      shared.full[stage].wait(parity);
+      for (int i = lane; i < 128; i += 32)
+        if (i % 3 == warp - 1) out[128 * step + i] = shared.slots[stage][(i + 64) % 128];
+      arch::sync_warp();
+      if (lane == 0) shared.empty[stage].arrive();
+    }
+  }
+}
+
+bool check_ring() {
+  const Device device;
+  std::vector<int> in(128 * kSteps), expected(in.size());
+  for (size_t i = 0; i < in.size(); ++i) in[i] = int(i * 7 + 1);
+  for (size_t i = 0; i < in.size(); ++i) expected[i] = in[i / 128 * 128 + (i + 64) % 128];
+  int* out = put(device, std::vector<int>(in.size()));
+  launch({.grid = dim3(2), .block = dim3(128), .shared_bytes = sizeof(RingShared), .stream = device.stream()}, ring,
+         put(device, in), out);
+  return expect_equal("mbarriers of a ring", fetch(device, out, int(in.size())), expected);
+}
+
+struct PlaceShared {
+  int place;
+};
+
+// One warp writes without waiting for the readers' arrival until the next round; two warpgroups change registers.
+__global__ __launch_bounds__(256) void hand_over(int* out) {
+  auto& shared = arch::shared<PlaceShared>();
+  if (threadIdx.x < 128) arch::give_registers<40>();
+  else arch::take_registers<208>();
+  for (int i = 0; i < 10; ++i) {
+    if (threadIdx.x < 32) {
+      if (i > 0) arch::sync_threads(2, 160);  // the readers have read
+      if (threadIdx.x == 0) shared.place = i * i;
+      arch::arrive_threads(1, 160);
+    } else if (threadIdx.x >= 128) {
+      arch::sync_threads(1, 160);
+      out[i * 128 + int(threadIdx.x) - 128] = shared.place;
+      if (i < 9) arch::arrive_threads(2, 160);
+    }
+  }
+}
+
+bool check_hand_over() {
+  const Device device;
+  int* out = put(device, std::vector<int>(1280));
+  launch({.grid = dim3(1), .block = dim3(256), .shared_bytes = sizeof(PlaceShared), .stream = device.stream()},
+         hand_over, out);
+  std::vector<int> expected(1280);
+  for (int i = 0; i < 1280; ++i) expected[size_t(i)] = i / 128 * (i / 128);
+  return expect_equal("named barriers", fetch(device, out, 1280), expected);
+}
+
+struct TokenShared {
+  int token;
+  arch::Barrier come;
+};
+
+// A token goes round the blocks of a cluster, each adds its rank; then every block reads its neighbour's.
+__global__ void pass_round(int* out) {
+  auto& shared = arch::shared<TokenShared>();
+  const uint32_t rank = arch::block_in_cluster(), blocks = arch::blocks_in_cluster();
+  if (threadIdx.x == 0) {
+    shared.come.init(1);
+    arch::fence_barrier_init();
+  }
+  arch::cluster_arrive();
+  arch::cluster_wait();
+  if (threadIdx.x == 0) {
+    if (rank > 0) shared.come.wait_for_cluster(0);
+    else shared.token = 100;
+    shared.token += int(rank);
+    if (rank + 1 < blocks) {
+      *arch::in_block(&shared.token, rank + 1) = shared.token;
+      shared.come.arrive_at(rank + 1);
+    }
+  }
+  arch::sync_cluster();
+  if (threadIdx.x == 5) out[blockIdx.x] = *arch::in_block(&shared.token, (rank + 1) % blocks);
+  arch::sync_cluster();  // no block goes while it is read
+}
+
+bool check_clusters() {
+  const Device device;
+  int* out = put(device, std::vector<int>(12));
+  launch({.grid = dim3(12),
+          .block = dim3(64),
+          .shared_bytes = sizeof(TokenShared),
+          .stream = device.stream(),
+          .cluster = 4},
+         pass_round, out);
+  const std::vector<int> cluster{101, 103, 106, 100};
+  std::vector<int> expected;
+  for (int i = 0; i < 12; ++i) expected.push_back(cluster[size_t(i % 4)]);
+  return expect_equal("clusters", fetch(device, out, 12), expected);
+}
+
+struct MatrixShared {
+  alignas(16) uint16_t rows[2][32][8];
+};
+
+// Register m of lane l: two numbers that name matrix, row and column.
+__global__ void store_fragments(uint16_t* out) {
+  auto& shared = arch::shared<MatrixShared>();
+  const int lane = arch::lane_id();
+  uint32_t in[4];
+  for (int m = 0; m < 4; ++m) {
+    const auto low = uint32_t((m * 8 + lane / 4) * 8 + lane % 4 * 2);
+    in[m] = low | (low + 1) << 16;
+  }
+  arch::store_matrix_x4(shared.rows[0][lane], in);
+  arch::store_matrix_x4_transposed(shared.rows[1][lane], in);
+  arch::sync_warp();
+  for (int i = 0; i < 16; ++i) out[lane * 16 + i] = shared.rows[lane / 16][lane % 16 * 2 + i / 8][i % 8];
+}
+
+bool check_store_matrix() {
+  const Device device;
+  auto* out = put(device, std::vector<uint16_t>(512));
+  launch({.grid = dim3(1), .block = dim3(32), .shared_bytes = sizeof(MatrixShared), .stream = device.stream()},
+         store_fragments, out);
+  std::vector<uint16_t> expected;
+  for (int i = 0; i < 512; ++i) {
+    const int matrix = i / 64 % 4, row = i / 8 % 8, column = i % 8;
+    expected.push_back(uint16_t(i < 256 ? i : (matrix * 8 + column) * 8 + row));
+  }
+  return expect_equal("store_matrix_x4", fetch(device, out, 512), expected);
+}
+
+__global__ void add_one(int* numbers) {
+  arch::let_next_grid_start();
+  arch::wait_for_previous_grid();
+  numbers[threadIdx.x] += 1;
+}
+
+bool check_early_grids() {
+  const Device device;
+  int* numbers = put(device, std::vector<int>(32));
+  for (int i = 0; i < 5; ++i)
+    launch({.grid = dim3(1), .block = dim3(32), .stream = device.stream(), .early = true}, add_one, numbers);
+  return expect_equal("grids that start early", fetch(device, numbers, 32), std::vector<int>(32, 5));
+}
+
+}  // namespace
+}  // namespace moe
+
+int main() {
+  bool right = moe::check_ring();
+  right &= moe::check_hand_over();
+  right &= moe::check_clusters();
+  right &= moe::check_store_matrix();
+  right &= moe::check_early_grids();
+  return right ? 0 : 1;
+}
