@@ -58,6 +58,11 @@ __device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, uint32_t byt
   return (operand & 0xffffffff00000000) | uint32_t(uint32_t(operand) + (bytes >> 4));
 }
 
+// The same by so many times 16 bytes.
+__device__ __forceinline__ uint64_t wgmma_advance_chunks(uint64_t operand, uint32_t chunks) {
+  return (operand & 0xffffffff00000000) | uint32_t(uint32_t(operand) + chunks);
+}
+
 // d [64, n] += a . b; `accumulate` is false in the first product of a sum. See Wgmma.
 template <class T, int n, bool a_across = false, bool b_across = false>
 __device__ __forceinline__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate = true) {

@@ -86,11 +86,11 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
 #pragma unroll 2
   for (int step = 0; step < steps; ++step) {
     shared.full[ring.stage].wait(ring.parity);
-    if constexpr (gathers) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
+    if constexpr (decltype(gathers)::value) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
     sums.hold();
     arch::wgmma_fence();
-    const uint32_t bytes = uint32_t(ring.stage) * uint32_t(sizeof(Stage));
-    const uint64_t rows = arch::wgmma_advance(a, bytes), cols = arch::wgmma_advance(b, bytes);
+    const uint32_t chunks = uint32_t(ring.stage) * uint32_t(sizeof(Stage) / 16);
+    const uint64_t rows = arch::wgmma_advance_chunks(a, chunks), cols = arch::wgmma_advance_chunks(b, chunks);
 #pragma unroll
     for (int k = 0; k < tiles.kDepth / 16; ++k)
 #pragma unroll

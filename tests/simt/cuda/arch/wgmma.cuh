@@ -59,6 +59,7 @@ inline uint64_t wgmma_across_k(const void* shared, uint32_t leading_bytes, uint3
 }
 
 inline uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+inline uint64_t wgmma_advance_chunks(uint64_t operand, uint32_t chunks) { return operand + chunks; }
 
 template <class T, int n, bool a_across = false, bool b_across = false>
 void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate = true,
