@@ -60,6 +60,7 @@ def test_replace(family, record_property):
     record_property("text", "yes")
 
 
+@pytest.mark.long_emulated
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16(family):
     assert_bfloat16(family, replace)

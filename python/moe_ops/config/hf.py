@@ -54,13 +54,24 @@ def qwen(config: Any) -> dict[str, Any]:
     )
 
 
+def by_type(config: Any) -> int:
+    """Layers that mlp_layer_types calls sparse, or where there are no types, those behind the first dense ones."""
+    kinds = getattr(config, "mlp_layer_types", None)
+    if kinds is not None:
+        return sum(kind == "sparse" for kind in kinds)
+    return int(config.num_hidden_layers - (getattr(config, "first_k_dense_replace", 0) or 0))
+
+
 def deepseek(config: Any, router: dict[str, Any]) -> dict[str, Any]:
+    def either(name: str, other: str) -> int:
+        return int(getattr(config, name, None) or getattr(config, other, None) or 0)
+
     return plain(
         config,
-        num_experts=config.n_routed_experts,
+        num_experts=either("n_routed_experts", "num_experts"),
         router=router | {"scale": float(config.routed_scaling_factor)},
-        shared_inner=(config.n_shared_experts or 0) * config.moe_intermediate_size,
-        moe_layers=config.num_hidden_layers - (config.first_k_dense_replace or 0),
+        shared_inner=either("n_shared_experts", "num_shared_experts") * config.moe_intermediate_size,
+        moe_layers=by_type(config),
     )
 
 
@@ -77,6 +88,23 @@ def deepseek_v3(config: Any) -> dict[str, Any]:
     if config.n_group and config.n_group > 1:
         router["groups"] = (config.n_group, config.topk_group)
     return deepseek(config, router)
+
+
+def minimax_m2(config: Any) -> dict[str, Any]:
+    return plain(config, router={"score": "sigmoid", "correction_bias": True, "renormalize": True})
+
+
+def mellum(config: Any) -> dict[str, Any]:
+    return plain(config, router={"renormalize": bool(config.norm_topk_prob)}, moe_layers=by_type(config))
+
+
+def qwen3_5(config: Any) -> dict[str, Any]:
+    return plain(
+        config,
+        router={"renormalize": True},
+        shared_inner=config.shared_expert_intermediate_size,
+        shared_gate=True,
+    )
 
 
 def gpt_oss(config: Any) -> dict[str, Any]:
@@ -161,18 +189,31 @@ READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "dbrx": dbrx,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "deepseek_v32": deepseek_v3,
+    "dots1": deepseek_v3,
+    "exaone_moe": deepseek_v3,
+    "flex_olmo": lambda config: plain(config, router={"renormalize": bool(config.norm_topk_prob)}),
     "gemma4_text": gemma4,
     "glm4_moe": deepseek_v3,
+    "glm4_moe_lite": deepseek_v3,
+    "glm4v_moe_text": deepseek_v3,
+    "glm_moe_dsa": deepseek_v3,
     "gpt_oss": gpt_oss,
     "granitemoe": lambda config: plain(config, router={"score": "softmax_selected"}),
     "jamba": jamba,
     "llama4_text": llama4,
+    "mellum": mellum,
+    "minimax": lambda config: plain(config, router={"renormalize": True}),
+    "minimax_m2": minimax_m2,
     "mixtral": mixtral,
     "olmoe": lambda config: plain(config, router={"renormalize": bool(config.norm_topk_prob)}),
     "phimoe": phimoe,
     "qwen2_moe": qwen,
+    "qwen3_5_moe_text": qwen3_5,
     "qwen3_moe": qwen,
     "qwen3_next": qwen,
+    "qwen3_vl_moe_text": lambda config: plain(config, router={"renormalize": True}),
+    "solar_open": deepseek_v3,
     "switch_transformers": switch,
 }
 

@@ -15,6 +15,8 @@ class ZeroComputationExperts(torch.nn.Module):
     Zero experts give 0; skip experts give the token x itself (the copy experts of the paper, LongCat-Flash's identity
     experts); a constant expert gives a0 · x + a1 · v with a learned v and [a0, a1] = softmax(W x). `MoE` puts them
     behind its own experts: ids from num_experts on are zero, then skip, then constant ones; the router scores all.
+    They take any number of tokens: a capacity_factor is that of the experts that compute. The paper's gating residuals
+    and the capacity it derives from the share of each kind are not here.
 
     Args:
         hidden: of the tokens.
