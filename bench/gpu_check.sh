@@ -125,7 +125,7 @@ else
   shares=(45 40 35 50 60 100)
   for i in "${!benches[@]}"; do
     verb=${benches[i]}
-    step "bench $verb" $((($(left) - 8) * shares[i] / 100)) "$python" bench/bench_"$verb".py --device cuda \
+    step "bench $verb" $((($(left) - 15) * shares[i] / 100)) "$python" bench/bench_"$verb".py --device cuda \
       --dtype bfloat16 --seconds 0.8 --json "$logs/bench_$verb.json"
   done
 fi
