@@ -247,10 +247,10 @@ def test_no_byte_more_than_needed(world):
     ranks.run(world, traffic)
 
 
-def compiled(backend):
+def compiled(backend, verbs):
     torch._dynamo.config.capture_scalar_outputs = True
     for mode, sizes in (("exact", ([9, 4, 7, 3], [13, 5, 2, 8])), ("bounded", ([8] * 4, [11] * 4))):
-        for verb in ("moe_mlp", "dispatch"):
+        for verb in verbs:
 
             def layer(experts, x, weights, w_in, w_out, mode=mode, verb=verb):
                 group = dist.group.WORLD
@@ -270,12 +270,18 @@ def compiled(backend):
 
 
 def test_compile_without_a_graph_break():
-    ranks.run(2, compiled, "aot_eager")
+    ranks.run(2, compiled, "aot_eager", ["moe_mlp"])
+
+
+@pytest.mark.long
+def test_compile_verbs():
+    ranks.run(2, compiled, "aot_eager", ["dispatch"])
 
 
 @pytest.mark.long
 def test_compile_with_inductor():
-    ranks.gather(*ranks.start(2, compiled, "inductor", timeout=600.0), patience=900.0)
+    outcomes = ranks.gather(*ranks.start(2, compiled, "inductor", ["moe_mlp"], timeout=900.0), patience=1200.0)
+    assert [error for _, error in outcomes] == [None, None]
 
 
 def modes_of_torch():

@@ -113,7 +113,7 @@ def refuse():
         (op + "chunks must be 1 where a capacity is given, got 2", ValueError, lambda: call(chunks=2, capacity=1)),
         (op + "rows_per_peer must be None where mode is 'exact', got 4", ValueError, lambda: call(rows_per_peer=4)),
         (op + "rows_per_peer must be at least 0, got -1", ValueError, lambda: call(mode="bounded", rows_per_peer=-1)),
-        (op + "w_in must hold this rank's experts 0..6 of 7, 7 in all, got [6, 6, 8]", ValueError, lambda: call(num_experts=7)),
+        (op + "w_in must hold this rank's experts 0..6 of 7, 7 in all", ValueError, lambda: call(num_experts=7)),
         (op + "num_experts must be an int, got None", TypeError, lambda: call(num_experts=None)),
         (op + "experts must be of dtype int32 or int64, got float32", TypeError, lambda: call(experts=ids.float())),
         (op + "name must be a str or None, got int 7", TypeError, lambda: call(name=7)),
