@@ -247,41 +247,39 @@ def test_no_byte_more_than_needed(world):
     ranks.run(world, traffic)
 
 
-def compiled(backend, verbs):
-    torch._dynamo.config.capture_scalar_outputs = True
-    for mode, sizes in (("exact", ([9, 4, 7, 3], [13, 5, 2, 8])), ("bounded", ([8] * 4, [11] * 4))):
-        for verb in verbs:
+def compiled(backend, mode, verb, chunks, sizes):
+    torch._dynamo.config.capture_scalar_outputs = mode == "exact"
 
-            def layer(experts, x, weights, w_in, w_out, mode=mode, verb=verb):
-                group = dist.group.WORLD
-                if verb == "moe_mlp":
-                    exchange = {"group": group, "num_experts": 7, "mode": mode, "chunks": 2}
-                    return expert_parallel.moe_mlp(x, weights, experts, w_in, w_out, **exchange)
-                rows, plan = moe_ops.dispatch(x, experts, 7, group=group, mode=mode, weights=weights)
-                pre = moe_ops.grouped_gemm(rows, w_in, plan.offsets)
-                return moe_ops.combine(moe_ops.grouped_gemm(pre[:, :10], w_out, plan.offsets), None, plan)
+    def layer(experts, x, weights, w_in, w_out):
+        group = dist.group.WORLD
+        if verb == "moe_mlp":
+            exchange = {"group": group, "num_experts": 7, "mode": mode, "chunks": chunks}
+            return expert_parallel.moe_mlp(x, weights, experts, w_in, w_out, **exchange)
+        rows, plan = moe_ops.dispatch(x, experts, 7, group=group, mode=mode, weights=weights)
+        pre = moe_ops.grouped_gemm(rows, w_in, plan.offsets)
+        return moe_ops.combine(moe_ops.grouped_gemm(pre[:, :10], w_out, plan.offsets), None, plan)
 
-            fast = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
-            for tokens in sizes:
-                problem = Problem(tokens=tokens)
-                eager = problem.spread(layer)
-                for name, value in problem.spread(fast).items():
-                    torch.testing.assert_close(value, eager[name], msg=lambda m, name=name: f"{name}: {m}")
+    fast = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True if len(sizes) > 1 else None)
+    for tokens in sizes:
+        problem = Problem(tokens=tokens)
+        eager = problem.spread(layer)
+        for name, value in problem.spread(fast).items():
+            torch.testing.assert_close(value, eager[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_compile_without_a_graph_break():
-    ranks.run(2, compiled, "aot_eager", ["moe_mlp"])
+def test_compile_of_a_bounded_exchange_without_a_graph_break():
+    ranks.run(2, compiled, "aot_eager", "bounded", "moe_mlp", 1, [[8, 8]])
 
 
 @pytest.mark.long
-def test_compile_verbs():
-    ranks.run(2, compiled, "aot_eager", ["dispatch"])
-
-
-@pytest.mark.long
-def test_compile_with_inductor():
-    outcomes = ranks.gather(*ranks.start(2, compiled, "inductor", ["moe_mlp"], timeout=900.0), patience=1200.0)
-    assert [error for _, error in outcomes] == [None, None]
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("verb", ["moe_mlp", "dispatch"])
+@pytest.mark.parametrize("mode", ["exact", "bounded"])
+def test_compile_with_any_number_of_tokens(mode, verb, backend):
+    """Exact mode asks for torch._dynamo.config.capture_scalar_outputs, as it reads the counts."""
+    sizes = [[9, 4], [13, 5]] if mode == "exact" else [[8, 8], [11, 11]]
+    started = ranks.start(2, compiled, backend, mode, verb, 1 + (verb == "moe_mlp"), sizes, timeout=900.0)
+    assert [error for _, error in ranks.gather(*started, patience=900.0)] == [None, None]
 
 
 def modes_of_torch():
