@@ -56,6 +56,12 @@ def wire_of(op: str, group: Any, name: str | None) -> Wire:
     return Wire(group.group_name, dist.get_rank(group), dist.get_world_size(group), label)
 
 
+def resolve_group(name: str) -> Any:
+    """The process group of a Wire."""
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(name)
+
+
 class Flight(NamedTuple):
     """Rows on their way.
 
