@@ -132,9 +132,7 @@ class Step(NamedTuple):
     load: Tensor  # [layers, experts], 1 where an expert gets its even share of the slots
 
 
-def train(
-    model: LanguageModel, text: Text, args: argparse.Namespace, ranks: Ranks | None = None
-) -> Iterator[Step]:
+def train(model: LanguageModel, text: Text, args: argparse.Namespace, ranks: Ranks | None = None) -> Iterator[Step]:
     """Runs the steps, with the balancing that args.balance asks for; ranks share the batches."""
     ranks = ranks or Ranks()
     generator = torch.Generator().manual_seed(args.seed)

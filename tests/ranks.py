@@ -1,4 +1,4 @@
-"""Real processes over Gloo on loopback: `run(4, function, ...)` calls the function on every rank and gives what each said."""
+"""Real processes over Gloo on loopback: `run(4, function, ...)` calls it on every rank and gives what each returned."""
 
 import multiprocessing
 import os

@@ -3,7 +3,6 @@ processes, and what is left of them."""
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path

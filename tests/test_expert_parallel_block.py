@@ -17,7 +17,7 @@ def router(kind, **options):
     return kind(HIDDEN, **options, dtype=WIDEST)
 
 
-# Experts, and options of MoE: 8 are even on 1, 2 and 4 ranks; of 5 the last of 4 ranks has none, of 3 two have one less.
+# Experts, and options of MoE. 8 are even on 2 and 4 ranks; of 5 or 3 experts the last of 4 ranks has none.
 LAYERS = {
     "plain": lambda: (8, {"router": {"renormalize": True}}),
     "uneven": lambda: (5, {"bias": True, "activation": "gelu"}),
@@ -201,9 +201,20 @@ def passes():
         assert torch.equal(layer(x), y.detach())
     with torch.inference_mode():
         assert torch.equal(layer(x), y)
-    for options in ({"mode": "bounded"}, {"chunks": 3}, {"mode": "bounded", "chunks": 2}):
+    bounded = {"mode": "bounded", "rows_per_peer": 12}
+    for options in ({"chunks": 3}, bounded, {**bounded, "chunks": 2}):
         other = make("uneven", mesh, **options)
         compare(other, make("uneven", None), COUNTS, 1 / mesh.size())
+        assert other.experts.dropped == 0
+    compare(make("uneven", mesh, mode="bounded"), make("uneven", None), [5] * 4, 1 / mesh.size())
+
+    # What does not fit is counted, and its tokens get nothing of the experts it was for.
+    small = make("plain", mesh, mode="bounded", rows_per_peer=3)
+    many = tokens(9, me)
+    _, experts = small.router(many)
+    asked = torch.zeros(9, mesh.size()).scatter_(1, (experts // -(-8 // mesh.size())).long(), 1).sum(0)
+    small(many)
+    assert small.experts.dropped == (asked - 3).clamp(min=0).sum() > 0
 
     # Activation checkpointing: the same bits, gradients too.
     loss(y, me).backward()
@@ -214,6 +225,29 @@ def passes():
     assert torch.equal(again, y)
     assert_same(gradients_of(layer), expected)
 
+    # Under autocast rows travel in bfloat16, and every rank rounds as one does.
+    with torch.autocast("cpu", torch.bfloat16):
+        layer, expected = (build(5, each, shared_inner=4) for each in (mesh, None))
+        x = tokens(COUNTS[me], me, dtype=torch.float32)
+        assert layer(x).dtype == expected(x).dtype
+        torch.testing.assert_close(layer(x), expected(x), rtol=0.02, atol=0.02)
+
+
+def compiled():
+    """Bounded: one graph, for any number of tokens that all ranks have."""
+    mesh, me = mesh_of(dist.get_world_size()), dist.get_rank()
+    layer = build(5, mesh, mode="bounded", shared_inner=4)
+    graph = torch.compile(layer, fullgraph=True, dynamic=True)
+    for count in (7, 12, 3):
+        x = tokens(count, me, dtype=torch.float32)
+        results = []
+        for each in (layer, graph):
+            layer.zero_grad()
+            y = each(x)
+            loss(y, me).backward()
+            results.append([y.detach(), *gradients_of(layer).values()])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sum_of_gradients(world):
@@ -223,3 +257,8 @@ def test_sum_of_gradients(world):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_modes_and_passes(world):
     ranks.run(world, passes)
+
+
+@pytest.mark.long
+def test_a_bounded_layer_is_one_graph():
+    ranks.run(2, compiled)

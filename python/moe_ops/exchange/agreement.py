@@ -62,12 +62,13 @@ def _exchange(
     if bool((both[1, :, 0] != digest).any()):
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, told, group=resolved)
-        raise ValueError(f"{label}: all ranks must agree, got {_differences(everyone)}")
+        said = [dict(line.split("=", 1) for line in each.splitlines()) for each in everyone]
+        raise ValueError(f"{label}: all ranks must agree, got {differences(said)}")
     return both[:, :, 1 : 1 + each].contiguous()
 
 
-def _differences(everyone: list[str]) -> str:
-    said = [dict(line.split("=", 1) for line in each.splitlines()) for each in everyone]
+def differences(said: list[dict[str, str]]) -> str:
+    """Which fields are not the same on all ranks, and who has what."""
     texts = []
     for name in dict.fromkeys(name for each in said for name in each):
         values: dict[str, list[str]] = {}

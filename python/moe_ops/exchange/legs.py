@@ -35,8 +35,18 @@ class Leg(NamedTuple):
     dropped: Tensor
 
 
+def check(op: str, mode: Any, rows_per_peer: Any, name: Any) -> None:
+    """What a caller can get wrong about an exchange, but for the group."""
+    checks.option(op, "mode", mode, MODES)
+    if rows_per_peer is not None:
+        if mode == "exact":
+            raise ValueError(f"{op}: rows_per_peer must be None where mode is 'exact', got {rows_per_peer}")
+        checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{op}: name must be a str or None, got {checks.kind(name)}")
+
+
 def legs(
-    op: str,
     chunks: Sequence[Tensor],
     num_experts: int,
     wire: Wire,
@@ -52,16 +62,9 @@ def legs(
             for that once. "bounded": neither.
         rows_per_peer: of all chunks together, in bounded mode.
     """
-    checks.option(op, "mode", mode, MODES)
-    if mode == "bounded":
-        if rows_per_peer is None:
-            room = chunks[0].shape[0]  # the largest
-        else:
-            checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
-            room = -(-rows_per_peer // len(chunks))
+    if mode == "bounded":  # the first chunk is the largest
+        room = chunks[0].shape[0] if rows_per_peer is None else -(-rows_per_peer // len(chunks))
         return [_bounded(experts, num_experts, wire, room) for experts in chunks]
-    if rows_per_peer is not None:
-        raise ValueError(f"{op}: rows_per_peer must be None where mode is 'exact', got {rows_per_peer}")
     outs = [outgoing(experts, num_experts, wire.world) for experts in chunks]
     sizes = {"num_experts": num_experts, "top_k": chunks[0].shape[1], "chunks": len(chunks), **sizes}
     sent, came = exchange_counts(torch.cat([out.counts for out in outs], 1), sizes, options, wire)

@@ -26,11 +26,11 @@ def dispatch(
     rows_per_peer: int | None,
     name: str | None,
 ) -> tuple[Tensor, ExpertParallelPlan]:
-    """`moe_ops.dispatch` over a group, its arguments but for the last four checked."""
+    """`moe_ops.dispatch` over a group, its arguments but for the group checked."""
     wire = wire_of("dispatch", group, name)
     weights = None if weights is None else as_sent(weights, x)
     options = {**options_of(x, weights), "capacity": capacity, "drop_policy": drop_policy}
-    (leg,) = legs("dispatch", [experts], num_experts, wire, mode, rows_per_peer, {"hidden": x.shape[1]}, options)
+    (leg,) = legs([experts], num_experts, wire, mode, rows_per_peer, {"hidden": x.shape[1]}, options)
     cargo = send(x, weights, leg, wire)
     tokens, weights, received = receive(cargo, leg, num_experts, wire, capacity, drop_policy)
     offsets, _, _, counts = received

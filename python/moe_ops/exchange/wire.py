@@ -50,8 +50,6 @@ def wire_of(op: str, group: Any, name: str | None) -> Wire:
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be None, a ProcessGroup or a DeviceMesh, got {checks.kind(group)}")
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"{op}: name must be a str or None, got {checks.kind(name)}")
     label = op if name is None else f"{op} ({name})"
     return Wire(group.group_name, dist.get_rank(group), dist.get_world_size(group), label)
 

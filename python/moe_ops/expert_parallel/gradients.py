@@ -1,4 +1,4 @@
-"""Gradients of a model whose experts are spread over ranks: their scale, their norm, and data parallelism of the rest."""
+"""Gradients of a model whose experts are spread over ranks: their scale, their norm, and what DDP may average."""
 
 from __future__ import annotations
 

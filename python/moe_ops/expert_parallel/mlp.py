@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_ops import autocast, checks, functional, ops
 from moe_ops.exchange.agreement import MAX_CHUNKS
 from moe_ops.exchange.cargo import receive, send
-from moe_ops.exchange.legs import legs, needs_gradient, options_of
+from moe_ops.exchange.legs import check, legs, needs_gradient, options_of
 from moe_ops.exchange.sending import owned
 from moe_ops.exchange.verbs import as_sent
 from moe_ops.exchange.wire import finish, start, wire_of
@@ -85,6 +85,7 @@ def moe_mlp(
             rank, where they disagree.
         RuntimeError: the exchange failed: a rank died, or did not answer within the timeout of the group.
     """
+    check(OP, mode, rows_per_peer, name)
     wire = wire_of(OP, group, name)
     checks.no_tangents(OP, x, weights, w_in, w_out, b_in, b_out)
     checks.integer(OP, "num_experts", num_experts, 1, checks.MAX_INT32 - 1)
@@ -103,7 +104,7 @@ def moe_mlp(
     sizes = {"hidden": x.shape[1], "inner": inner}
     same = {**options_of(x, weights), **kind, **own, "capacity": capacity, "drop_policy": drop_policy}
     tokens, routes = x.tensor_split(chunks), weights.tensor_split(chunks)
-    plans = legs(OP, experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, sizes, same)
+    plans = legs(experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, sizes, same)
 
     cargo = [send(tokens[0], routes[0], plans[0], wire)]
     beside = None if shared is None else shared()

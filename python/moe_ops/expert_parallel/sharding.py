@@ -51,8 +51,7 @@ def empty(op: str, shape: tuple[int, ...], mesh: Any, *, device: Any, dtype: tor
     if mine.device.type not in (mesh.device_type, "meta"):
         raise ValueError(f"{op}: device must be {mesh.device_type!r}, the mesh's, or 'meta', got {mine.device.type!r}")
     whole = torch.empty(shape, device="meta")
-    kind = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
-    return DTensor.from_local(mine, mesh, [Shard(0)], **kind)
+    return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def each_expert(weight: Tensor) -> Iterator[Tensor]:

@@ -102,7 +102,7 @@ class ExpertParallelExperts(Experts):
         return sharding.empty("ExpertParallelExperts", shape, self.mesh, device=device, dtype=dtype)
 
     def _mine(self, weight: Any) -> Any:
-        """This rank's experts of a weight, for the exchange; its gradient is scaled to the mean if that is asked for."""
+        """This rank's experts of a weight, for the exchange; its gradient is scaled if the mean is asked for."""
         if weight is None:
             return None
         local = weight.to_local()
