@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Ranks:
     def __init__(self, ep: int = 0, timeout: float = 30.0) -> None:
         self.rank, self.world, self.mesh, self.group = 0, 1, None, None
         if ep:
+            signal.signal(signal.SIGTERM, _end_soon)
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             self.mesh = init_device_mesh("cpu", (ep,), mesh_dim_names=("ep",))
@@ -56,6 +58,13 @@ class Ranks:
     def close(self) -> None:
         if self.group is not None:
             dist.destroy_process_group()
+
+
+def _end_soon(*_: Any) -> None:
+    """torchrun ends the ranks that are left when one has failed; they have two seconds to say what they noticed."""
+    timer = threading.Timer(2.0, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 class Checkpoints:

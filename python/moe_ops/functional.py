@@ -83,6 +83,7 @@ def dispatch(
     policy = checks.option("dispatch", "drop_policy", drop_policy, checks.DROP_POLICIES)
     checks.plan("dispatch", experts, num_experts, capacity, policy, weights)
     checks.dispatch(x, experts)
+    exchange.check("dispatch", mode, rows_per_peer, name)
     if not torch.compiler.is_compiling():
         checks.slots("dispatch", "experts", experts.numel())
     if group is not None:

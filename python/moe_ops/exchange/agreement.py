@@ -8,20 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from moe_ops.exchange.failure import failed
-from moe_ops.exchange.wire import Wire
+from moe_ops.exchange.wire import Wire, resolve_group
 
 MAX_CHUNKS = 32  # the message has one size, so that ranks that disagree on chunks still understand each other
 
 
-def exchange_counts(counts: Tensor, config: dict[str, Any], wire: Wire) -> tuple[list[Any], list[Any]]:
+def exchange_counts(
+    counts: Tensor, sizes: dict[str, int], options: dict[str, Any], wire: Wire
+) -> tuple[list[Any], list[Any]]:
     """Tells each rank how much it will get, and compares the configuration. The one host synchronisation.
 
     Args:
         counts: [W, N] int64, N numbers for each rank.
-        config: what all ranks must agree on, by name.
+        sizes, options: what all ranks must agree on, by name; what torch.compile may turn into a symbol is a size.
 
     Returns:
         (sent, received): what counts holds, and what came: for each of the N numbers its W values, as ints.
@@ -30,11 +31,9 @@ def exchange_counts(counts: Tensor, config: dict[str, Any], wire: Wire) -> tuple
         ValueError: the configurations differ, on every rank.
         RuntimeError: the exchange failed.
     """
-    told = "\n".join(f"{name}={value}" for name, value in config.items())
-    if torch.compiler.is_compiling():
-        both = torch.ops.moe_ops_exchange.counts(counts, told, *wire)
-    else:
-        both = _exchange(counts, told, *wire)
+    operator = torch.ops.moe_ops_exchange.counts if torch.compiler.is_compiling() else _exchange
+    texts = "\n".join(f"{name}={value}" for name, value in options.items())
+    both = operator(counts, texts, "\n".join(sizes), list(sizes.values()), *wire)
     sent, received = both.transpose(1, 2).tolist()
     for row in (*sent, *received):
         for value in row:
@@ -42,8 +41,11 @@ def exchange_counts(counts: Tensor, config: dict[str, Any], wire: Wire) -> tuple
     return sent, received
 
 
-def _exchange(counts: Tensor, told: str, group: str, rank: int, world: int, label: str) -> Tensor:
+def _exchange(
+    counts: Tensor, texts: str, names: str, sizes: list[int], group: str, rank: int, world: int, label: str
+) -> Tensor:
     """[2, W, N] int64 on the CPU: counts, and what came."""
+    told = "\n".join([*(f"{name}={size}" for name, size in zip(names.split("\n"), sizes, strict=True)), texts])
     wire = Wire(group, rank, world, label)
     each = counts.shape[1]
     message = counts.new_zeros(world, 1 + 2 * MAX_CHUNKS)
@@ -51,7 +53,7 @@ def _exchange(counts: Tensor, told: str, group: str, rank: int, world: int, labe
     message[:, 0] = digest
     message[:, 1 : 1 + each] = counts
     answer = torch.empty_like(message)
-    resolved = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    resolved: Any = resolve_group(group)
     try:
         dist.all_to_all_single(answer, message, group=resolved)
         both = torch.stack([message, answer]).cpu()
@@ -82,5 +84,7 @@ _counts = torch.library.custom_op("moe_ops_exchange::counts", _exchange, mutates
 
 
 @_counts.register_fake
-def _(counts: Tensor, told: str, group: str, rank: int, world: int, label: str) -> Tensor:
+def _(
+    counts: Tensor, texts: str, names: str, sizes: list[int], group: str, rank: int, world: int, label: str
+) -> Tensor:
     return counts.new_empty(2, *counts.shape, device="cpu")

@@ -1,4 +1,4 @@
-"""How much of a batch goes where: counts told and read in exact mode, room of one size for all in bounded mode."""
+"""How much of a batch goes where: counts told and read in exact mode, room of one size for everybody in bounded."""
 
 from __future__ import annotations
 
@@ -35,35 +35,39 @@ class Leg(NamedTuple):
     dropped: Tensor
 
 
+def check(op: str, mode: Any, rows_per_peer: Any, name: Any) -> None:
+    """What a caller can get wrong about an exchange, but for the group."""
+    checks.option(op, "mode", mode, MODES)
+    if rows_per_peer is not None:
+        if mode == "exact":
+            raise ValueError(f"{op}: rows_per_peer must be None where mode is 'exact', got {rows_per_peer}")
+        checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{op}: name must be a str or None, got {checks.kind(name)}")
+
+
 def legs(
-    op: str,
     chunks: Sequence[Tensor],
     num_experts: int,
     wire: Wire,
     mode: str,
     rows_per_peer: int | None,
-    config: dict[str, Any],
+    sizes: dict[str, int],
+    options: dict[str, Any],
 ) -> list[Leg]:
     """Plans the exchange of each chunk, experts [T, K].
 
     Args:
-        mode: "exact": the ranks tell each other all chunks' counts and compare config; one host synchronisation.
-            "bounded": neither.
+        mode: "exact": the ranks tell each other all chunks' counts and compare sizes and options, and the host waits
+            for that once. "bounded": neither.
         rows_per_peer: of all chunks together, in bounded mode.
     """
-    checks.option(op, "mode", mode, MODES)
-    if mode == "bounded":
-        if rows_per_peer is None:
-            room = chunks[0].shape[0]  # the largest
-        else:
-            checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
-            room = -(-rows_per_peer // len(chunks))
+    if mode == "bounded":  # the first chunk is the largest
+        room = chunks[0].shape[0] if rows_per_peer is None else -(-rows_per_peer // len(chunks))
         return [_bounded(experts, num_experts, wire, room) for experts in chunks]
-    if rows_per_peer is not None:
-        raise ValueError(f"{op}: rows_per_peer must be None where mode is 'exact', got {rows_per_peer}")
     outs = [outgoing(experts, num_experts, wire.world) for experts in chunks]
-    config = {"num_experts": num_experts, "top_k": chunks[0].shape[1], "chunks": len(chunks), **config}
-    sent, came = exchange_counts(torch.cat([out.counts for out in outs], 1), config, wire)
+    sizes = {"num_experts": num_experts, "top_k": chunks[0].shape[1], "chunks": len(chunks), **sizes}
+    sent, came = exchange_counts(torch.cat([out.counts for out in outs], 1), sizes, options, wire)
     nothing = outs[0].plan.offsets.new_zeros((), dtype=torch.int64)
     return [
         Leg(
@@ -83,10 +87,9 @@ def _bounded(experts: Tensor, num_experts: int, wire: Wire, room: int) -> Leg:
     return Leg(out.experts, padded(out.plan, room), Splits(even, even), None, out.wanted - out.plan.counts.sum())
 
 
-def config_of(x: Tensor, weights: Tensor | None) -> dict[str, Any]:
+def options_of(x: Tensor, weights: Tensor | None) -> dict[str, Any]:
     """What every rank must agree on, or the exchange would bring garbage or hang, now or in backward."""
     return {
-        "hidden": x.shape[1],
         "dtype of x": checks.name_of(x.dtype),
         "dtype of weights": None if weights is None else checks.name_of(weights.dtype),
         "gradient of x": needs_gradient(x),

@@ -47,7 +47,8 @@ def outgoing(experts: Tensor, num_experts: int, world: int, capacity: int | None
 
 def trimmed(plan: Plan, rows: int) -> Plan:
     """The plan without the dropped rows behind its last expert."""
-    return plan._replace(row_slot=plan.row_slot.narrow(0, 0, rows))
+    # Not a slice, whose size torch.compile would take to be min(rows, R).
+    return plan._replace(row_slot=plan.row_slot.split([rows, plan.row_slot.shape[0] - rows])[0])
 
 
 def padded(plan: Plan, rows: int) -> Plan:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ops import checks, ops
 from moe_ops.exchange.cargo import receive, send
-from moe_ops.exchange.legs import config_of, legs
+from moe_ops.exchange.legs import legs, options_of
 from moe_ops.exchange.wire import Splits, Wire, finish, start, wire_of
 from moe_ops.types import ExpertParallelPlan
 
@@ -26,11 +26,11 @@ def dispatch(
     rows_per_peer: int | None,
     name: str | None,
 ) -> tuple[Tensor, ExpertParallelPlan]:
-    """`moe_ops.dispatch` over a group, its arguments but for the last four checked."""
+    """`moe_ops.dispatch` over a group, its arguments but for the group checked."""
     wire = wire_of("dispatch", group, name)
     weights = None if weights is None else as_sent(weights, x)
-    config = {**config_of(x, weights), "capacity": capacity, "drop_policy": drop_policy}
-    (leg,) = legs("dispatch", [experts], num_experts, wire, mode, rows_per_peer, config)
+    options = {**options_of(x, weights), "capacity": capacity, "drop_policy": drop_policy}
+    (leg,) = legs([experts], num_experts, wire, mode, rows_per_peer, {"hidden": x.shape[1]}, options)
     cargo = send(x, weights, leg, wire)
     tokens, weights, received = receive(cargo, leg, num_experts, wire, capacity, drop_policy)
     offsets, _, _, counts = received

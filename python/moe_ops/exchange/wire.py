@@ -50,10 +50,14 @@ def wire_of(op: str, group: Any, name: str | None) -> Wire:
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be None, a ProcessGroup or a DeviceMesh, got {checks.kind(group)}")
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"{op}: name must be a str or None, got {checks.kind(name)}")
     label = op if name is None else f"{op} ({name})"
     return Wire(group.group_name, dist.get_rank(group), dist.get_world_size(group), label)
+
+
+def resolve_group(name: str) -> Any:
+    """The process group of a Wire."""
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(name)
 
 
 class Flight(NamedTuple):

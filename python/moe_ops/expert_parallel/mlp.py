@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_ops import autocast, checks, functional, ops
 from moe_ops.exchange.agreement import MAX_CHUNKS
 from moe_ops.exchange.cargo import receive, send
-from moe_ops.exchange.legs import config_of, legs, needs_gradient
+from moe_ops.exchange.legs import check, legs, needs_gradient, options_of
 from moe_ops.exchange.sending import owned
 from moe_ops.exchange.verbs import as_sent
 from moe_ops.exchange.wire import finish, start, wire_of
@@ -85,6 +85,7 @@ def moe_mlp(
             rank, where they disagree.
         RuntimeError: the exchange failed: a rank died, or did not answer within the timeout of the group.
     """
+    check(OP, mode, rows_per_peer, name)
     wire = wire_of(OP, group, name)
     checks.no_tangents(OP, x, weights, w_in, w_out, b_in, b_out)
     checks.integer(OP, "num_experts", num_experts, 1, checks.MAX_INT32 - 1)
@@ -94,19 +95,16 @@ def moe_mlp(
         if chunks != 1:
             raise ValueError(f"{OP}: chunks must be 1 where a capacity is given, got {chunks}")
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
-    own = _check(x, weights, experts, w_in, w_out, gated, b_in, b_out, num_experts, owned(num_experts, *wire[1:3]))
-    options: dict[str, Any] = {
-        "activation": activation,
-        "gated": gated,
-        "layout": layout,
-        "alpha": alpha,
-        "limit": limit,
-    }
-    options |= {"up_offset": up_offset, "weight_on": weight_on}
+    own, inner = _check(
+        x, weights, experts, w_in, w_out, gated, b_in, b_out, num_experts, owned(num_experts, *wire[1:3])
+    )
+    kind: dict[str, Any] = {"activation": activation, "gated": gated, "layout": layout, "weight_on": weight_on}
+    options = {**kind, "alpha": alpha, "limit": limit, "up_offset": up_offset}
     weights = as_sent(weights, x)
-    config = {**config_of(x, weights), **options, **own, "capacity": capacity, "drop_policy": drop_policy}
+    sizes = {"hidden": x.shape[1], "inner": inner}
+    same = {**options_of(x, weights), **kind, **own, "capacity": capacity, "drop_policy": drop_policy}
     tokens, routes = x.tensor_split(chunks), weights.tensor_split(chunks)
-    plans = legs(OP, experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, config)
+    plans = legs(experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, sizes, same)
 
     cargo = [send(tokens[0], routes[0], plans[0], wire)]
     beside = None if shared is None else shared()
@@ -131,7 +129,7 @@ def moe_mlp(
 def _check(
     x: Any, weights: Any, experts: Any, w_in: Any, w_out: Any, gated: bool, b_in: Any, b_out: Any,
     num_experts: int, own: tuple[int, int],
-) -> dict[str, Any]:  # fmt: skip
+) -> tuple[dict[str, Any], int]:  # fmt: skip
     """Checks before the exchange what would raise behind it, where other ranks wait; returns what they must share."""
     checks.flag(OP, "gated", gated)
     (w_in, _), (w_out, _) = operand(w_in), operand(w_out)
@@ -147,4 +145,4 @@ def _check(
         )
     names = {"w_in": w_in, "w_out": w_out, "b_in": b_in, "b_out": b_out}
     needed = [name for name, value in names.items() if needs_gradient(value)]
-    return {"inner": w_out.shape[2], "biases": (b_in is not None, b_out is not None), "gradients of": needed}
+    return {"biases": (b_in is not None, b_out is not None), "gradients of": needed}, w_out.shape[2]
