@@ -72,6 +72,7 @@ LAUNCHES = {
         ("sizeof(GemmShared<RowTiles<T, Config, direct>, WeightTiles<T, Config, k_major, direct>, Config>)",),
         "Config::value.blocks",
     ),
+    "grouped_gemm_sm90": Launch("HopperTiles::kThreads", ("sizeof(HopperGemmShared<T, Config, k_major>)",)),
     "grouped_gemm_few_rows": Launch(
         "kFewRowsThreads", ("sizeof(FewRowsShared<T, FewRowsArithmetic<T, W, along_k>>)",), "2"
     ),
@@ -89,7 +90,13 @@ LAUNCHES = {
     "grouped_gemm_bias_grad": Launch("kBiasGradThreads", ("sizeof(BiasGradShared<T>)",), "2"),
 }
 
-MULTIPLY = ("grouped_gemm", "grouped_gemm_few_rows", "grouped_gemm_weight_grad", "grouped_gemm_weight_grad_sm90")
+MULTIPLY = (
+    "grouped_gemm",
+    "grouped_gemm_sm90",
+    "grouped_gemm_few_rows",
+    "grouped_gemm_weight_grad",
+    "grouped_gemm_weight_grad_sm90",
+)
 LOOP_COLUMNS = (*ARITHMETIC, "LDSM", "LDS", "LDGSTS", "LDG", "BAR")
 
 # Of one processor: shared memory in bytes; the rest is the same on sm_80 and sm_90. CUDA C++ Programming Guide,

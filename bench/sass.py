@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-ARITHMETIC = ("HMMA", "FFMA")  # what a product is made of; the first that a kernel has
+ARITHMETIC = ("HGMMA", "HMMA", "FFMA")  # what a product is made of; the first that a kernel has
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"0x([0-9a-f]+)")
