@@ -2,6 +2,7 @@
 // rows. Blocks and sums are those of multiply.h, so that packing ahead does not change a bit of a result.
 #pragma once
 
+#include "cpu/isa/panels.h"
 #include "cpu/isa/tile.h"
 
 namespace moe::MOE_ISA {
@@ -90,6 +91,32 @@ void part_gates_from_ups(bool interleaved, int64_t before, int64_t rows, int64_t
   }
 }
 
+// The first panels, as far as they can be taken side by side: how many.
+template <class Ar, class X>
+int64_t multiply_side_by_side(const PackedPanels<X>& panels, int64_t begin, int64_t end, int64_t rows,
+                              const typename Ar::Element* a, int64_t block_size, typename Ar::C* tile) {
+  int64_t done = 0;
+  if constexpr (sizeof(X) * Ar::kDepth == sizeof(typename Ar::Element)) {
+    while (done < panels.count) {
+      const int64_t left = min(panels.count - done, kMostStreams);
+      const typename Ar::Element* block = a;
+      int64_t taken = 0;
+      for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {
+        Stream<Ar> streams[kMostStreams];
+        for (int64_t s = 0; s < left; ++s) {
+          const auto& panel = panels.panels[done + s];
+          streams[s] = {panel_block<Ar>(panel.data + k * kPanel<Ar>, 0, nullptr), tile + panel.tile_col};
+        }
+        const int64_t steps = ceil_div(min(end - k, kBlockDepth<Ar>), Ar::kDepth);
+        taken = multiply_some_panels<Ar>(rows, block, streams, left, steps, k == 0);
+      }
+      if (taken == 0) break;
+      done += taken;
+    }
+  }
+  return done;
+}
+
 // As many blocks of A along the reduction are packed at a time as a tile's block has room for: fewer rows read longer
 // runs of a panel, at best all of it; then what is asked for ahead is what lies one block further, in this panel or
 // the next.
@@ -112,7 +139,8 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
     for (int64_t k = begin; k < end; k += kBlockDepth<Ar>, block += block_size)
       pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, min(end - k, kBlockDepth<Ar>), block,
                     RowsOfA<Ar>::kRowStride);
-    for (int64_t i = 0; i < panels.count; ++i) {
+    const int64_t done = multiply_side_by_side<Ar>(panels, begin, end, a.count, blocks.a, block_size, blocks.tile);
+    for (int64_t i = done; i < panels.count; ++i) {
       const auto& panel = panels.panels[i];
       block = blocks.a;
       for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {

@@ -60,13 +60,14 @@ void read_streams(const float* from, int64_t bytes, double* sink) {
   for (int64_t i = 0; i < length; i += kLanes<float>)
 #pragma GCC unroll 8
     for (int s = 0; s < streams; ++s) {
-      __builtin_prefetch(from + s * length + i + kAhead);
+      __builtin_prefetch(from + s * length + i + kAhead, 0, 2);
       sum[s] += load<float>(from + s * length + i);
     }
   for (auto& part : sum) sink[2] += sum_lanes<float>(part);
 }
 
-// Reads 2 or 8 streams side by side: which of them moves more depends on how busy the memory is.
+// Reads 2 or 8 streams side by side: which of them moves more depends on how busy the memory is. Lines are asked for
+// into L2: into L1, fewer can be under way.
 inline void roof_read(const float* from, int64_t bytes, int streams, double* sink) {
   if (streams == 2) read_streams<2>(from, bytes, sink);
   else read_streams<8>(from, bytes, sink);
