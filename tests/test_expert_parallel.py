@@ -247,6 +247,31 @@ def test_no_byte_more_than_needed(world):
     ranks.run(world, traffic)
 
 
+def memory():
+    """Backward keeps, of floats, the tokens that came, their weights, their pre-activations, and the experts."""
+    p = Problem(tokens=UNEVEN, experts=8, top_k=4)
+    kept = {}
+
+    def pack(value):
+        if value.is_floating_point():
+            kept[value.data_ptr()] = value.nbytes
+        return value
+
+    inputs = p.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        y = p.mlp(p.ids[p.mine], **inputs)
+    mine = (p.ids >= p.own.start) & (p.ids < p.own.stop)
+    tokens, slots = int(mine.any(1).sum()), int(mine.sum())
+    values = tokens * (p.hidden + p.top_k) + slots * 2 * p.inner + inputs["w_in"].numel() + inputs["w_out"].numel()
+    assert sum(kept.values()) == 4 * values
+    assert y.shape == inputs["x"].shape
+
+
+@every_world
+def test_memory_kept_for_backward(world):
+    ranks.run(world, memory)
+
+
 def compiled(backend, mode, verb, chunks, sizes):
     torch._dynamo.config.capture_scalar_outputs = mode == "exact"
 

@@ -181,6 +181,7 @@ BAD = [
     ("MoE", {"capacity_factor": INF}, ValueError, ": capacity_factor must be a finite float64, got inf"),
     ("MoE", {"drop_policy": "random"}, ValueError, f": drop_policy {POLICY} 'random'"),
     ("MoE", {"weight_on": "both"}, ValueError, "Experts: weight_on must be one of 'output', 'input', got 'both'"),
+    ("MoE", {"mesh": 4}, TypeError, ': mesh must be a DeviceMesh with a dimension named "ep", got int 4'),
     ("MoE", {"device": "nowhere"}, RuntimeError, TORCH),
     ("MoE", {"dtype": torch.int64}, TypeError, f": dtype {DTYPE} int64"),
     ("MoE", {"options": 1}, TypeError, "Experts.__init__() got an unexpected keyword argument 'options'"),

@@ -112,7 +112,7 @@ def moe_mlp(
     for i, leg in enumerate(plans):
         if i + 1 < chunks:
             cargo.append(send(tokens[i + 1], routes[i + 1], plans[i + 1], wire))
-        rows, row_weights, plan = receive(cargo[i], leg, num_experts, wire, capacity, drop_policy)
+        rows, row_weights, plan = receive(cargo.pop(0), leg, num_experts, wire, capacity, drop_policy)
         sums = functional.moe_mlp(rows, row_weights, None, w_in, w_out, b_in=b_in, b_out=b_out, plan=plan, **options)
         back.append(start(sums, wire, leg.splits.swapped()))
     y = torch.cat(

@@ -70,6 +70,8 @@ class MoE(torch.nn.Module):
         if latent is not None:
             module_checks.sizes("MoE", latent=latent)
         checks.option("MoE", "drop_policy", drop_policy, checks.DROP_POLICIES)
+        if mesh is not None:
+            ep_mesh("MoE", mesh)
         module_checks.parameters("MoE", dtype)
         expected = "a Router, a mapping of its options or None"
         module_checks.instance("MoE", "router", router, (RouterBase, Mapping, type(None)), expected)
