@@ -83,11 +83,13 @@ def test_store(case, dtype, orient, place, batch_invariant, card):
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
 @every_orientation
+@pytest.mark.parametrize("k", [136, 1000])
 @every_tiles
-def test_many_tiles(gathered, dtype, orient, batch_invariant, card):
-    """More than there are processors, experts without rows and with one, rows of none, no dimension a multiple."""
+def test_many_tiles(gathered, dtype, orient, k, batch_invariant, card):
+    """More than there are processors, more steps than stages, experts without rows and with one, rows of none, no
+    dimension a multiple."""
     ends = [0, 0, 1, 300, 300, 450, 1030]
-    rows, n, k = 1100, 1544, 136
+    rows, n = 1100, 3064
     offsets, slots = torch.tensor(ends, dtype=torch.int32), torch.randperm(rows, generator=seeded(7), dtype=torch.int32)
     a, x = randn(rows, k, dtype=dtype), torch.empty(rows, k, dtype=dtype)
     x[slots.long()] = a

@@ -26,6 +26,7 @@ struct HopperGemmShared {
   };
   Stage stages[tiles.stages];
   arch::Barrier full[tiles.stages], empty[tiles.stages];
+  arch::Barrier turn[HopperTiles::kConsumers];
   float bias[HopperTiles::kConsumers][tiles.cols];
 };
 
@@ -67,12 +68,14 @@ MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
   }
 }
 
-// The steps of a reduction, to sums that were cleared; `row` is the first of A that this warpgroup multiplies.
+// The steps of a reduction, to sums that were cleared. Consumers that take turns wait for each other's last step: who
+// ran ahead would take a phase of `full` that is two rounds old, and of the same parity, for its own.
 // gathers: std::true_type where A came by cp.async.
 template <class T, class Config, bool k_major>
 MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, StageRing<Config::value.stages>& ring,
-                               int steps, int row, auto gathers, auto& sums) {
+                               int steps, int consumer, auto gathers, auto& sums) {
   constexpr HopperTiles tiles = Config::value;
+  const int row = tiles.in_turns ? 0 : consumer * HopperGemmShared<T, Config, k_major>::kConsumerRows;
   using Stage = typename HopperGemmShared<T, Config, k_major>::Stage;
   constexpr uint32_t kStepOfB = k_major ? 32 : 16 * 128;  // bytes between 16 of k and the next
   Stage& first = shared.stages[0];
@@ -82,9 +85,7 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
   const auto release = [&](int stage) {
     if (arch::lane_id() == 0) shared.empty[stage].arrive();
   };
-  int before = 0;  // the stage that is still being read
-#pragma unroll 2
-  for (int step = 0; step < steps; ++step) {
+  const auto begin = [&] {
     shared.full[ring.stage].wait(ring.parity);
     if constexpr (decltype(gathers)::value) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
     sums.hold();
@@ -99,14 +100,21 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
                                                     arch::wgmma_advance(rows, block * 64 * 128 + k * 32),
                                                     arch::wgmma_advance(cols, k * kStepOfB));
     arch::wgmma_commit();
-    arch::wgmma_wait<1>();
-    if (step > 0) release(before);
-    before = ring.stage;
+  };
+  begin();
+#pragma unroll 4
+  for (int step = 1; step < steps; ++step) {
+    const int before = ring.stage;
     ring.advance();
+    begin();
+    arch::wgmma_wait<1>();
+    release(before);
   }
+  if (tiles.in_turns && arch::lane_id() == 0) shared.turn[1 - consumer].arrive();
   arch::wgmma_wait<0>();
   sums.hold();
-  release(before);
+  release(ring.stage);
+  ring.advance();
 }
 
 template <class T, class Config, bool k_major>
@@ -119,6 +127,7 @@ MOE_INLINE void multiply_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, C
   const Lanes lanes{.warp = int(threadIdx.x) / 32 % (tiles.in_turns ? 4 : 8), .warps = tiles.in_turns ? 4 : 8};
   WarpgroupSums<rows / 64, tiles.cols> sums;
   StageRing<tiles.stages> ring;
+  uint32_t turn = 0;  // parity
   TileWalk walk(at.grid);
   int index = int(blockIdx.x);
   if (tiles.in_turns && consumer > 0) index += int(gridDim.x), ring.skip(steps);
@@ -135,8 +144,12 @@ MOE_INLINE void multiply_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, C
       bias[col] = p.bias.data ? read(p.bias, tile.expert * p.n + columns.template at<tiles.cols>(col)) : 0;
     arch::sync_threads(1 + consumer, 128);  // this one's are written
     sums.clear();
-    if (at.rows_by_tma) multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, std::false_type{}, sums);
-    else multiply_steps<T, Config, k_major>(shared, ring, steps, row_begin, std::true_type{}, sums);
+    if (tiles.in_turns) {
+      shared.turn[consumer].wait(turn ^ (consumer == 0));  // the first is consumer 0's, and need not wait
+      turn ^= 1;
+    }
+    if (at.rows_by_tma) multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::false_type{}, sums);
+    else multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::true_type{}, sums);
     if (tiles.in_turns) ring.skip(steps);
     finish_sums<T>(p, tile, row_begin, sums, bias, at.parts, at.grid.col_tiles());
   }
@@ -152,6 +165,7 @@ __global__ void __launch_bounds__(HopperTiles::kThreads, 1)
       shared.full[stage].init(at.rows_by_tma ? 1 : 1 + 128);  // the one that counts bytes, and every thread that copies
       shared.empty[stage].init(tiles.in_turns ? 4 : 4 * tiles.kConsumers);
     }
+    for (arch::Barrier& turn : shared.turn) turn.init(4);
     arch::fence_barrier_init();
   }
   arch::sync_block();  // the barriers are there
