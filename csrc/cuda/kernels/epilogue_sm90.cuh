@@ -4,6 +4,7 @@
 // same inner columns in the second, or, interleaved, side by side.
 #pragma once
 
+#include "cuda/arch/wgmma.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/values.cuh"
 

@@ -85,9 +85,7 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
   const auto release = [&](int stage) {
     if (arch::lane_id() == 0) shared.empty[stage].arrive();
   };
-  int before = 0;  // the stage that is still being read
-#pragma unroll 2
-  for (int step = 0; step < steps; ++step) {
+  const auto begin = [&] {
     shared.full[ring.stage].wait(ring.parity);
     if constexpr (decltype(gathers)::value) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async writes
     sums.hold();
@@ -102,15 +100,21 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
                                                     arch::wgmma_advance(rows, block * 64 * 128 + k * 32),
                                                     arch::wgmma_advance(cols, k * kStepOfB));
     arch::wgmma_commit();
-    arch::wgmma_wait<1>();
-    if (step > 0) release(before);
-    before = ring.stage;
+  };
+  begin();
+#pragma unroll 4
+  for (int step = 1; step < steps; ++step) {
+    const int before = ring.stage;
     ring.advance();
+    begin();
+    arch::wgmma_wait<1>();
+    release(before);
   }
   if (tiles.in_turns && arch::lane_id() == 0) shared.turn[1 - consumer].arrive();
   arch::wgmma_wait<0>();
   sums.hold();
-  release(before);
+  release(ring.stage);
+  ring.advance();
 }
 
 template <class T, class Config, bool k_major>

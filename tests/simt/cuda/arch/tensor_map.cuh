@@ -22,7 +22,7 @@ struct TensorBoxes {
   int64_t box_bytes() const { return element_bytes() * box[0] * box[1] * (rank == 3 ? box[2] : 1); }
 };
 
-struct TensorMap {
+struct alignas(16) TensorMap {
   TensorBoxes boxes;
 };
 
