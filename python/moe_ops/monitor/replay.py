@@ -31,7 +31,8 @@ class RouterReplay:
 
     While playing, only the choice is replayed: weights come from the logits of the moment and have gradients. A token
     that would choose as recorded anyway keeps the bits of `moe_ops.route`, forward and backward, so that playing back
-    under the same parameters is exact; another's weights are the router's formula in plain PyTorch (its `weigh`).
+    under the same parameters is exact where the router draws no noise (jitter and NoisyTopKRouter's noise are drawn
+    anew); another's weights are the router's formula in plain PyTorch (its `weigh`).
 
     Attributes:
         routing: for every router by name, (weights [T, K], experts [T, K]) of each of its calls, in order, without
