@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from transformers_models import (
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
 
-from moe_ops.integrations.transformers import enable, replace
+from moe_ops.integrations.transformers import Report, enable, replace
+from moe_ops.integrations.transformers.routers import replace_routers
 
 TOLERANCE = 5e-6
 
@@ -111,6 +113,48 @@ def test_a_model_with_replaced_routers_can_be_pickled():
     assert torch.equal(again(ids()).logits, model(ids()).logits)
     routers = [module for module in again.modules() if hasattr(module, "_moe_ops_said")]
     assert routers and all(router.forward.args == (router,) for router in routers)
+
+
+class CountingRouter(torch.nn.Module):
+    """A router that keeps a count of its tokens, or does not."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.weight, self.counts = torch.nn.Parameter(torch.randn(8, 16)), counts
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        logits = x @ self.weight.T
+        self.seen += len(x) if self.counts else 0
+        weights, ids = logits.softmax(-1).topk(2)
+        return logits, weights, ids
+
+
+def test_hooks_and_buffers_of_routers():
+    """A router's hooks do not see what it is measured with, and need not be copied; they run afterwards as before."""
+    router, seen, lock = CountingRouter(False), [], threading.Lock()
+
+    class Recorder:
+        def __init__(self):
+            self.lock = lock  # cannot be copied
+
+        def hook(self, module, args, output):
+            seen.append(len(args[0]))
+
+    router.register_forward_hook(Recorder().hook)
+    model = torch.nn.ModuleDict({"router": router})
+    x = torch.randn(5, 16)
+    expected = router(x)
+    report = Report()
+    replace_routers(model, report)
+    assert "router" in report.replaced, report
+    assert seen == [5]
+    for ours, theirs in zip(router(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert seen == [5, 5]
+    report = Report()
+    replace_routers(torch.nn.ModuleDict({"router": CountingRouter(True)}), report)
+    assert report.left == {"router": "changes its buffers"}
 
 
 def test_routers_of_new_models():
