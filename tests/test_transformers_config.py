@@ -1,5 +1,7 @@
 """MoEConfig.from_hf against the blocks that transformers builds from the same config, with the same weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -46,6 +48,11 @@ def take_over(layer, block):
     if layer.shared_gate is not None:
         copy(layer.shared_gate.weight, block.shared_expert_gate.weight)
     assert used == sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in block.parameters())
+
+
+def test_a_field_is_missing():
+    with pytest.raises(ValueError, match=r"MoEConfig\.from_hf: config must have what mixtral's has .* no attribute"):
+        MoEConfig.from_hf(SimpleNamespace(model_type="mixtral"), count=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
