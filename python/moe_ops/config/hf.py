@@ -251,7 +251,7 @@ def read(config: Any, count: bool) -> MoEConfig:
     name = name or config.model_type
     try:
         said = reader(config)
-    except AttributeError as error:
+    except (AttributeError, TypeError) as error:
         needs = f"config must have what {config.model_type}'s has in transformers"
         raise ValueError(f"MoEConfig.from_hf: {needs}, got one where {error}") from None
     read = MoEConfig(name=name, source=f"the {type(config).__name__} of {name}", **said)

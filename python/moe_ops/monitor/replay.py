@@ -78,7 +78,8 @@ class RouterReplay:
                 gradient: the only way for SparseMixerRouter, whose weights depend on how it chose.
 
         Raises:
-            RuntimeError: a router is called more often than was recorded, or, at the end, less often.
+            RuntimeError: a router is called more often than was recorded, or, at the end, less often; or it is played
+                already.
             TypeError: weights is "recomputed", and a router cannot weigh experts that it did not choose itself.
             ValueError: a call has another number of tokens than was recorded.
         """
@@ -102,6 +103,8 @@ class Player:
         if not recorded and router.scores_by is None:
             kind = type(router).__name__
             raise TypeError(f"RouterReplay.play: weights must be 'recorded' for {name}, a {kind}, got 'recomputed'")
+        if not recorded and router.scores_by in vars(router):
+            raise RuntimeError(f"RouterReplay.play: {name} is played already, and cannot be played within that")
         self.name, self.router, self.calls, self.recorded = name, router, calls, recorded
         self.played = 0
         self.scores: Any = None
