@@ -276,6 +276,8 @@ def test_mistakes_are_named():
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router="softmax")
     with pytest.raises(ValueError, match=r"MoEConfig: router_kind must be one of top_k, .*sparse_mixer, got 'hash'"):
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind="hash")
+    with pytest.raises(TypeError, match=r"MoEConfig: router_kind must be a str, got list"):
+        MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind=["switch"])
     with pytest.raises(ValueError, match=r"MoEConfig: top_k must be 1 with router_kind 'switch', got 2"):
         MoEConfig(hidden=8, inner=8, num_experts=4, top_k=2, router_kind="switch")
     for wrong, text in (

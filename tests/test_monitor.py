@@ -267,7 +267,16 @@ def in_ranks(rank, meet, results):
     with torch.no_grad():
         model[0](x[rank * 10 : 10 + rank * 30])  # 10 and 30 tokens
     health.step()
-    results[rank] = health.summary(), health.together("0"), health.history("0"), health.table()
+    read = health.summary(), health.together("0"), health.history("0"), health.table()
+    # Only one rank sees the other layer, and closes a step more.
+    if rank == 1:
+        with torch.no_grad():
+            model[1](x)
+        health.step()
+    later = health.summary()["1"].tokens, health.history("1"), health.history("0")
+    with pytest.raises(ValueError, match=r"^RouterHealth.history: name must be one of 0, 1, got '2'"):
+        health.history("2")
+    results[rank] = *read, later
     torch.distributed.destroy_process_group()
 
 
@@ -292,6 +301,10 @@ def test_two_ranks_read_as_one_with_all_tokens(tmp_path, pytestconfig):
     assert got.logsumexp_max == pytest.approx(expected.logsumexp_max)
     torch.testing.assert_close(first[1], alone.together("0"))
     assert first[2].tolist() == alone.history("0").tolist()
+    for tokens, of_other, of_first in (first[4], second[4]):
+        assert tokens == TOKENS and of_other.sum() == TOKENS * model[1].router.top_k
+        # The last step of both ranks is one: that of the first rank is its only one.
+        assert of_first.sum() == first[2].sum() and of_first.shape[0] == 2
 
 
 def test_trainer_callback():

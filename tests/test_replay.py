@@ -202,3 +202,17 @@ def test_what_was_not_recorded_is_refused(device):
     with pytest.raises(ValueError, match=r"must have a moe_ops.nn router, got none"):
         RouterReplay(torch.nn.Linear(2, 2))
     assert torch.equal(model(x), model(x))
+
+
+def test_play_within_play():
+    router = nn.Router(HIDDEN, EXPERTS, TOP_K)
+    replay, x = RouterReplay(router), randn(TOKENS, HIDDEN, seed=1)
+    with replay.record():
+        router(x)
+    twice = RouterReplay(router)
+    with replay.play():
+        with pytest.raises(RuntimeError, match=r"^RouterReplay.play: router is played already"), twice.play():
+            pass
+        router(x)
+    with replay.play():
+        router(x)

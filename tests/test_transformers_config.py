@@ -1,5 +1,7 @@
 """MoEConfig.from_hf against the blocks that transformers builds from the same config, with the same weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -46,6 +48,15 @@ def take_over(layer, block):
     if layer.shared_gate is not None:
         copy(layer.shared_gate.weight, block.shared_expert_gate.weight)
     assert used == sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in block.parameters())
+
+
+def test_a_field_is_missing_or_none():
+    with pytest.raises(ValueError, match=r"MoEConfig\.from_hf: config must have what mixtral's has .* no attribute"):
+        MoEConfig.from_hf(SimpleNamespace(model_type="mixtral"), count=False)
+    config = SimpleNamespace(model_type="granitemoe", hidden_act=["silu"], intermediate_size=8, hidden_size=8)
+    config.num_hidden_layers, config.num_local_experts = 1, 2
+    with pytest.raises(ValueError, match=r"MoEConfig\.from_hf: config must have what granitemoe's has"):
+        MoEConfig.from_hf(config, count=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

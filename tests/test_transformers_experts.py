@@ -5,13 +5,12 @@ import torch
 
 from accuracy import assert_as_accurate
 from transformers_families import experts_classes, module_of
-from transformers_models import Permissive, draw, one_thread
+from transformers_models import TOLERANCE, Permissive, draw, one_thread
 
 pytest.importorskip("transformers", minversion="5.23", reason="transformers is not installed (extra [transformers])")
 
 from moe_ops.integrations.transformers import enable, gates
 
-TOLERANCE = 5e-6  # of the largest absolute value, in float32
 TWO_PRODUCTS = {"Inkling2Experts", "Inkling2LoopExperts", "MuseSparkExperts"}  # a soft-capped gate; a norm per expert
 
 

@@ -10,6 +10,8 @@ import torch
 from accuracy import assert_as_accurate
 from transformers_families import CLASSES, TINY, module_of, tiny_config
 
+TOLERANCE = 5e-6  # of the largest absolute value, in float32
+
 
 @contextlib.contextmanager
 def one_thread():
@@ -130,8 +132,8 @@ def same_choices(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def assert_same(family, tokens, ours, eager, tolerance):
-    """Two results of logits_and_gradients: each tensor up to `tolerance` of its largest value. Where a model is so
+def assert_same(family, tokens, ours, eager):
+    """Two results of logits_and_gradients: each tensor up to TOLERANCE of its largest value. Where a model is so
     ill-conditioned that float32 itself does not hold that (Gemma 4's norms), ours is held to the accuracy law."""
     ours, eager = ({"logits": logits, **gradients} for logits, gradients in (ours, eager))
     assert ours.keys() == eager.keys()
@@ -139,7 +141,7 @@ def assert_same(family, tokens, ours, eager, tolerance):
     wide = None
     for key, value in eager.items():
         floor = 0.0 if key == "logits" else 1e-2 * largest  # a router's gradient may cancel to noise
-        allowed = tolerance * max(min(value.abs().max().item(), 1.0 if key == "logits" else torch.inf), floor)
+        allowed = TOLERANCE * max(min(value.abs().max().item(), 1.0 if key == "logits" else torch.inf), floor)
         if (ours[key] - value).abs().max() <= allowed:
             continue
         if wide is None:

@@ -69,6 +69,7 @@ class MoEConfig:
         module_checks.sizes(op, hidden=self.hidden, inner=self.inner, num_experts=self.num_experts, top_k=self.top_k)
         if self.top_k > self.num_experts:
             raise ValueError(f"{op}: top_k must be between 1 and num_experts ({self.num_experts}), got {self.top_k}")
+        module_checks.instance(op, "router_kind", self.router_kind, (str,), "a str")
         if self.router_kind not in ROUTERS:
             raise ValueError(f"{op}: router_kind must be one of {', '.join(ROUTERS)}, got {self.router_kind!r}")
         if self.router_kind == "switch" and self.top_k != 1:
@@ -122,7 +123,8 @@ class MoEConfig:
                 where False, embedding and backbone are 0.
 
         Raises:
-            TypeError, ValueError: config is no transformers config, has no experts, or is of a family not known here.
+            TypeError, ValueError: config is no transformers config, has no experts or lacks a field, or is of a family
+                not known here.
             ImportError: transformers is needed to count, and is not installed.
         """
         from moe_ops.config import hf

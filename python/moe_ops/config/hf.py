@@ -249,7 +249,12 @@ def read(config: Any, count: bool) -> MoEConfig:
         families = ", ".join(READERS)
         raise ValueError(f"MoEConfig.from_hf: config.model_type must be one of {families}, got {config.model_type!r}")
     name = name or config.model_type
-    read = MoEConfig(name=name, source=f"the {type(config).__name__} of {name}", **reader(config))
+    try:
+        said = reader(config)
+    except (AttributeError, TypeError) as error:
+        needs = f"config must have what {config.model_type}'s has in transformers"
+        raise ValueError(f"MoEConfig.from_hf: {needs}, got one where {error}") from None
+    read = MoEConfig(name=name, source=f"the {type(config).__name__} of {name}", **said)
     if not count:
         return read
     layers = read.moe_layers * layer_parameters(read, read.num_experts)

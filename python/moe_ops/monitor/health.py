@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_ops import checks, module_checks, nn
 from moe_ops.monitor import routers
-from moe_ops.monitor.layer import Layer, LayerSummary
+from moe_ops.monitor.layer import Layer, LayerSummary, total
 from moe_ops.nn.router_base import segment_counts
 from moe_ops.types import NoisyRouteResult, RouteResult
 
@@ -36,8 +36,9 @@ class RouterHealth:
         classes: names of token classes (parts of speech, languages, ...), whose loads are kept apart; each forward then
             stands within `with health.token_classes(ids):`.
         coactivation: also counts which pairs of experts are chosen by one token, [E, E] per layer: a pass over the ids.
-        group: figures are those of all ranks of this process group together, summed when they are read: every rank
-            must then read the same ones in the same order. None: those of this process.
+        group: figures are those of all ranks of this process group together, summed on the host when they are read:
+            every rank must then read the same ones in the same order. A rank that has not seen a layer adds nothing to
+            it. None: those of this process.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the model has no router.
@@ -164,7 +165,7 @@ class RouterHealth:
 
     def summary(self) -> dict[str, LayerSummary]:
         """The figures of every layer; reading them waits for the device."""
-        return {name: self.whole(name).summary() for name in self.layers}
+        return {name: layer.summary() for name, layer in self.whole().items()}
 
     def together(self, name: str) -> Tensor:
         """[E, E] float64, how much likelier than by chance two experts are chosen by one token: 1 is chance, 0 never.
@@ -172,11 +173,9 @@ class RouterHealth:
         Raises:
             ValueError: no such layer was seen, or RouterHealth was built without coactivation.
         """
-        layer = self._layer("together", name)
+        layer = self._layer("together", name, self.whole(pairs=True))
         if layer.together is None:
             raise ValueError("RouterHealth.together: RouterHealth must be built with coactivation=True")
-        layer = self.whole(name)
-        assert layer.together is not None
         pairs = layer.together.double().cpu()
         share = pairs.diagonal() / max(layer.tokens, 1)
         expected = share[:, None] * share[None, :] * max(layer.tokens, 1)
@@ -188,8 +187,7 @@ class RouterHealth:
         Raises:
             ValueError: no such layer was seen.
         """
-        self._layer("specialisation", name)
-        counts = self.whole(name).by_class.double().cpu()
+        counts = self._layer("specialisation", name, self.whole()).by_class.double().cpu()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
     def table(self) -> str:
@@ -219,24 +217,43 @@ class RouterHealth:
 
         return callback(self, report)
 
-    def whole(self, name: str) -> Layer:
-        """A layer's sums, those of the group where there is one."""
-        layer = self.layers[name]
-        return layer if self.group is None else layer.over(self.group)
+    def whole(self, *, pairs: bool = False) -> dict[str, Layer]:
+        """Every layer's sums: with a group those of all ranks, by one collective, and with the pairs only if asked."""
+        if self.group is None:
+            return self.layers
+        ranks = self._gather({name: layer.on_host(pairs) for name, layer in self.layers.items()})
+        names = dict.fromkeys(name for layers in ranks for name in layers)
+        return {name: total([layers[name] for layers in ranks if name in layers]) for name in names}
 
     def history(self, name: str) -> Tensor:
-        """[steps, E] int64, slots per expert of each step closed (of what was counted so far, where none was)."""
-        layer = self._layer("history", name)
-        counts = torch.stack(layer.history or [layer.by_class.sum(0)])
-        if self.group is not None:
-            torch.distributed.all_reduce(counts, group=self.group)
-        return counts
+        """[steps, E] int64, slots per expert of each step closed (of what was counted so far, where none was).
 
-    def _layer(self, op: str, name: str) -> Layer:
-        if name not in self.layers:
-            known = ", ".join(self.layers) or "the layers seen, of which there is none yet"
+        With a group the last steps of the ranks are the same one.
+
+        Raises:
+            ValueError: no such layer was seen.
+        """
+        whole = self._layer("history", name, self.whole())
+        seen = [self.layers[name].closed()] if name in self.layers else []
+        ranks = [closed for closeds in self._gather([closed.cpu() for closed in seen]) for closed in closeds]
+        counts = torch.zeros(max(map(len, ranks)), whole.num_experts, dtype=torch.int64)
+        for closed in ranks:
+            counts[len(counts) - len(closed) :] += closed
+        return counts if len(counts) else whole.by_class.sum(0, keepdim=True).cpu()
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of every rank; without a group of this process alone."""
+        if self.group is None:
+            return [value]
+        values = [None] * torch.distributed.get_world_size(self.group)
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _layer(self, op: str, name: str, layers: dict[str, Layer]) -> Layer:
+        if name not in layers:
+            known = ", ".join(layers) or "the layers seen, of which there is none yet"
             raise ValueError(f"RouterHealth.{op}: name must be one of {known}, got {name!r}")
-        return self.layers[name]
+        return layers[name]
 
     def _class_ids(self, experts: Tensor) -> Tensor | None:
         if not self.classes:

@@ -73,22 +73,18 @@ class Layer:
             # Sums of integers: their order does not show.
             self.together.view(-1).index_add_(0, torch.where(both > 0, pairs.flatten(), 0), both)
 
-    def over(self, group: torch.distributed.ProcessGroup) -> Layer:
-        """A copy with the sums of all ranks of the group, three collectives; its history is empty."""
-        whole = copy.copy(self)
-        parts = [self.by_class, self.dropped, torch.full_like(self.dropped, self.tokens)]
-        parts += [torch.full_like(self.dropped, self.has_logits)]
-        parts += [] if self.together is None else [self.together]
-        counts = torch.cat([part.flatten() for part in parts])
-        torch.distributed.all_reduce(counts, group=group)
-        summed = [part.view(like.shape) for part, like in zip(counts.split([p.numel() for p in parts]), parts)]
-        whole.by_class, whole.dropped = summed[0], summed[1]
-        whole.tokens, whole.has_logits = int(summed[2]), bool(summed[3])
-        whole.together = None if self.together is None else summed[4]
-        whole.square, whole.greatest, whole.history = self.square.clone(), self.greatest.clone(), []
-        torch.distributed.all_reduce(whole.square, group=group)
-        torch.distributed.all_reduce(whole.greatest, op=torch.distributed.ReduceOp.MAX, group=group)
-        return whole
+    def on_host(self, pairs: bool) -> Layer:
+        """A copy on the host, without history, and without the pairs where they are not asked for."""
+        sent = copy.copy(self)
+        sent.history, sent.together = [], self.together if pairs else None
+        for name, value in list(vars(sent).items()):
+            if isinstance(value, Tensor):
+                setattr(sent, name, value.cpu())
+        return sent
+
+    def closed(self) -> Tensor:
+        """[steps, E] int64: slots per expert of the steps that were closed."""
+        return torch.stack(self.history) if self.history else self.step_counts.new_zeros(0, self.num_experts)
 
     def step(self) -> None:
         self.history.append(self.step_counts)
@@ -110,3 +106,21 @@ class Layer:
             logsumexp_rms=math.sqrt(float(self.square) / self.tokens) if self.has_logits else math.nan,
             logsumexp_max=float(self.greatest) if self.has_logits else math.nan,
         )
+
+
+def total(ranks: list[Layer]) -> Layer:
+    """One layer with the sums of several."""
+    whole = copy.copy(ranks[0])
+    for other in ranks[1:]:
+        if other.by_class.shape != whole.by_class.shape:
+            sizes = f"{list(whole.by_class.shape)} and {list(other.by_class.shape)}"
+            raise ValueError(f"RouterHealth: group must count the same [classes, experts] on all ranks, got {sizes}")
+        whole.tokens += other.tokens
+        whole.has_logits |= other.has_logits
+        whole.by_class = whole.by_class + other.by_class
+        whole.dropped = whole.dropped + other.dropped
+        whole.square = whole.square + other.square
+        whole.greatest = torch.maximum(whole.greatest, other.greatest)
+        if whole.together is not None and other.together is not None:
+            whole.together = whole.together + other.together
+    return whole

@@ -31,7 +31,8 @@ class RouterReplay:
 
     While playing, only the choice is replayed: weights come from the logits of the moment and have gradients. A token
     that would choose as recorded anyway keeps the bits of `moe_ops.route`, forward and backward, so that playing back
-    under the same parameters is exact; another's weights are the router's formula in plain PyTorch (its `weigh`).
+    under the same parameters is exact where the router draws no noise (jitter and NoisyTopKRouter's noise are drawn
+    anew); another's weights are the router's formula in plain PyTorch (its `weigh`).
 
     Attributes:
         routing: for every router by name, (weights [T, K], experts [T, K]) of each of its calls, in order, without
@@ -77,7 +78,8 @@ class RouterReplay:
                 gradient: the only way for SparseMixerRouter, whose weights depend on how it chose.
 
         Raises:
-            RuntimeError: a router is called more often than was recorded, or, at the end, less often.
+            RuntimeError: a router is called more often than was recorded, or, at the end, less often; or it is played
+                already.
             TypeError: weights is "recomputed", and a router cannot weigh experts that it did not choose itself.
             ValueError: a call has another number of tokens than was recorded.
         """
@@ -101,6 +103,8 @@ class Player:
         if not recorded and router.scores_by is None:
             kind = type(router).__name__
             raise TypeError(f"RouterReplay.play: weights must be 'recorded' for {name}, a {kind}, got 'recomputed'")
+        if not recorded and router.scores_by in vars(router):
+            raise RuntimeError(f"RouterReplay.play: {name} is played already, and cannot be played within that")
         self.name, self.router, self.calls, self.recorded = name, router, calls, recorded
         self.played = 0
         self.scores: Any = None

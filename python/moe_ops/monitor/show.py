@@ -44,15 +44,16 @@ def plot(health: RouterHealth, file: str) -> None:
         import matplotlib
     except ModuleNotFoundError:
         raise ImportError("RouterHealth.plot: needs matplotlib: pip install matplotlib") from None
-    if not health.layers:
+    layers = health.whole()
+    if not layers:
         raise ValueError("RouterHealth.plot: nothing was counted yet")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     columns = 2 + bool(health.classes)
-    size = (4.5 * columns, 1 + 2.2 * len(health.layers))
-    figure, axes = plt.subplots(len(health.layers), columns, figsize=size, layout="constrained", squeeze=False)
-    for row, name in zip(axes, health.layers, strict=True):
+    size = (4.5 * columns, 1 + 2.2 * len(layers))
+    figure, axes = plt.subplots(len(layers), columns, figsize=size, layout="constrained", squeeze=False)
+    for row, name in zip(axes, layers, strict=True):
         counts = health.history(name).double().cpu()  # [steps, E]
         load = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)
         image = row[0].imshow(load.T.numpy(), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2)
@@ -70,7 +71,7 @@ def plot(health: RouterHealth, file: str) -> None:
 def preference(figure: Any, axis: Any, health: RouterHealth, name: str) -> None:
     """Which experts a class goes to, over what all tokens do."""
     share = health.specialisation(name)
-    counts = health.whole(name).by_class.sum(0).double().cpu()
+    counts = health.whole()[name].by_class.sum(0).double().cpu()
     lift = share / (counts / counts.sum().clamp(min=1)).clamp(min=1e-9)
     image = axis.imshow(lift.numpy(), aspect="auto", interpolation="nearest", cmap="PuOr_r", vmin=0, vmax=2)
     axis.set_yticks(range(len(health.classes)), health.classes)

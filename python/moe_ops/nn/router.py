@@ -100,7 +100,7 @@ class Router(LinearRouter):
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, rate: float) -> None:
-        """One loss-free balancing step (Wang et al. 2024): selection_bias += rate · sign(mean(counts) - counts).
+        """One step of loss-free balancing (Wang et al. 2024, algorithm 1): bias += rate · sign(mean(counts) - counts).
 
         Args:
             counts: slots per expert of the last batch, [num_experts] or [segments, num_experts] as in RouteResult. With

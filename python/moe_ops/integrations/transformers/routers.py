@@ -2,8 +2,8 @@
 
 A router has no plug-in point, and there are dozens of classes of it. What one computes is found on a copy of it with
 random numbers: the logits and the weights it returns are compared with those of every option of route. A router that
-none of them gives, that draws noise in training, or that takes more than tokens and a bias for the choice, or returns
-something else, is left alone.
+none of them gives, that draws noise in training, that changes a buffer, that takes more than tokens and a bias for the
+choice, or that returns something else, is left alone.
 """
 
 from __future__ import annotations
@@ -80,10 +80,13 @@ def measure(router: torch.nn.Module, linear: str) -> Said | str:
         router, tokens = _with_numbers(router, linear)
         experts = _experts(router, linear)
         given = {name: 0.05 * torch.randn(experts) for name in biases}
+        kept = [buffer.clone() for buffer in router.buffers()]
         try:
             found = [mode(_shaped(router, tokens, given), **given) for mode in (router.eval(), router.train(), router)]
             if not all(_is_triple(result, router.get_submodule(linear)) for result in found):
                 return "does not return logits, weights and ids"
+            if not all(map(torch.equal, kept, router.buffers())):
+                return "changes its buffers"
             if any(not torch.equal(found[0][1], other[1]) for other in found[1:]):
                 return "computes otherwise in training"
             logits, weights, ids = found[0]
@@ -189,7 +192,9 @@ def _dtypes(router: Any, linear: str, tokens: Tensor, given: dict[str, Tensor]) 
 
 def _with_numbers(router: torch.nn.Module, linear: str) -> tuple[torch.nn.Module, Tensor]:
     """A copy on the CPU in float32 with random values, and tokens [TOKENS, H], half of which have very small scores."""
-    router = copy.deepcopy(router).to_empty(device="cpu").float()
+    hooks = (v for m in router.modules() for name, v in vars(m).items() if name.endswith("_hooks"))
+    without = {id(each): type(each)() for each in hooks}  # theirs is not to see these numbers
+    router = copy.deepcopy(router, without).to_empty(device="cpu").float()
     for value in itertools.chain(router.parameters(), router.buffers()):
         if value.is_floating_point():
             value.data.normal_(std=0.05)
