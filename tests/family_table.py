@@ -1,7 +1,8 @@
-"""Writes what was tested of transformers' families into docs/transformers.md and docs/routing.md, from the results.
+"""Writes what was tested of transformers' families into the README, docs/transformers.md and docs/routing.md, from the
+results.
 
 pytest --long tests/test_transformers*.py --junitxml=results.xml -o junit_family=xunit1
-python tests/family_table.py results.xml docs/transformers.md docs/routing.md
+python tests/family_table.py results.xml README.md docs/transformers.md docs/routing.md
 """
 
 import re
@@ -42,6 +43,22 @@ def families(found):
     return "\n".join(lines)
 
 
+def in_short(found):
+    """Families by the line of code that serves them."""
+    served = {"`enable(model, router=True)`": [], "`enable(model)`": [], "`replace(model)`": [], "not yet": []}
+    for family, row in sorted(found.items()):
+        if "FAILED" in row.values():
+            served["not yet"].append(family)
+        elif row.get("replace") == "yes":
+            served["`replace(model)`"].append(family)
+        else:
+            also = row.get("router") == "route"
+            served["`enable(model, router=True)`" if also else "`enable(model)`"].append(family)
+    lines = ["| served by | families |", "| --- | --- |"]
+    lines += [f"| {how} | {', '.join(names)} |" for how, names in served.items() if names]
+    return "\n".join(lines)
+
+
 def routers(found):
     """Families by what their router is in the options of route."""
     by_options = {}
@@ -62,8 +79,9 @@ def write(target, begin, end, table):
     Path(target).write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
-def main(source, transformers, routing):
+def main(source, readme, transformers, routing):
     found = results(source)
+    write(readme, "<!-- families: tests/family_table.py -->", "<!-- end of families -->", in_short(found))
     write(transformers, "<!-- families: tests/family_table.py -->", "<!-- end of families -->", families(found))
     write(routing, "<!-- routers: tests/family_table.py -->", "<!-- end of routers -->", routers(found))
 
