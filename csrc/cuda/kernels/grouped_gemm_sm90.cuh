@@ -55,6 +55,7 @@ MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
       auto& stage = shared.stages[ring.stage];
       auto& full = shared.full[ring.stage];
       shared.empty[ring.stage].wait(ring.parity ^ 1);
+      arch::sync_warp();  // parity tells only neighbouring rounds apart, so that no lane may stay behind
       if (threadIdx.x == 0) {
         full.arrive_expect_bytes(sizeof(stage.b) + (gathers ? 0 : sizeof(stage.a)));
         load_weights(stage.b, at, full, columns, k, tile.expert);
@@ -161,6 +162,8 @@ __global__ void __launch_bounds__(HopperTiles::kThreads, 1)
   constexpr HopperTiles tiles = Config::value;
   auto& shared = arch::shared<HopperGemmShared<T, Config, k_major>>();
   if (threadIdx.x == 0) {
+    arch::prefetch(at.weight_boxes);
+    if (at.rows_by_tma) arch::prefetch(at.row_boxes);
     for (int stage = 0; stage < tiles.stages; ++stage) {
       shared.full[stage].init(at.rows_by_tma ? 1 : 1 + 128);  // the one that counts bytes, and every thread that copies
       shared.empty[stage].init(tiles.in_turns ? 4 : 4 * tiles.kConsumers);
