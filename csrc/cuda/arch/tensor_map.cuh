@@ -28,21 +28,19 @@ struct TensorBoxes {
   bool swizzled;             // 16-byte chunk c of a 128-byte row r of the box lies in chunk c ^ r % 8; else as it is
 };
 
-// The driver's function, so that nothing is linked with it; null where it has none.
-inline decltype(&cuTensorMapEncodeTiled) find_encode_tiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (status == cudaSuccess && found == cudaDriverEntryPointSuccess)
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  cudaGetLastError();
-  return nullptr;
-}
-
 // Null, or why there is no map. Elements outside the tensor are loaded as zeros and are not stored.
 inline const char* encode(const TensorBoxes& boxes, TensorMap& map) {
-  static const auto encode_tiled = find_encode_tiled();
+  // Asked for, so that nothing is linked with the driver, and once.
+  static const auto encode_tiled = []() -> decltype(&cuTensorMapEncodeTiled) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (status == cudaSuccess && found == cudaDriverEntryPointSuccess)
+      return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    cudaGetLastError();
+    return nullptr;
+  }();
   if (!encode_tiled) return "the driver has no cuTensorMapEncodeTiled";
   constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT32};

@@ -4,6 +4,7 @@
 // same inner columns in the second, or, interleaved, side by side.
 #pragma once
 
+#include "cuda/arch/tma.cuh"
 #include "cuda/arch/wgmma.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/values.cuh"
@@ -104,9 +105,9 @@ struct WarpgroupSums {
   }
 
   // The lane's eight sums of a piece, with biases [cols] added. The pieces are told apart at run time, so that an
-  // epilogue is compiled once: by a jump, as selecting from all of them would cost more than the rest of it.
+  // epilogue is compiled once: by branches, as selecting from all of them would cost more than the rest of it.
   MOE_INLINE Eight take(int piece, const float* bias) const {
-    Eight out = jump_to(piece);
+    Eight out = branch_to(piece);
     exchange_pairs(out);
     const int col = place(piece, 0).col;
 #pragma unroll
@@ -141,7 +142,7 @@ struct WarpgroupSums {
     return out;
   }
 
-  MOE_INLINE Eight jump_to(int piece) const {
+  MOE_INLINE Eight branch_to(int piece) const {
     static_assert(kPieces == 16);
     switch (piece) {
       case 0: return as_they_lie(0);
@@ -251,6 +252,22 @@ struct GateUpChunks {
     return !interleaved ? second[i] : i < 4 ? first[2 * i + 1] : second[2 * i - 7];
   }
 };
+
+// What the backward epilogue reads of H for a warpgroup's rows, asked to be in L2 before the products are there.
+template <class T>
+MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int row_begin, int rows) {
+  if (p.epilogue != Epilogue::activate_backward) return;
+  const bool gated = p.activation.gated, interleaved = gated && p.activation.interleaved;
+  const uint32_t bytes = uint32_t(tile.cols) * sizeof(T) / 16 * 16;
+#pragma unroll 1
+  for (int i = int(threadIdx.x) % 128; i < (gated ? 2 : 1) * rows; i += 128) {
+    const int row = row_begin + i % rows, run = i / rows;
+    if (row >= tile.rows) continue;
+    const int64_t col = interleaved ? 2 * tile.col_begin + run * tile.cols : run * p.n + tile.col_begin;
+    const T* const from = static_cast<const T*>(p.pre.data) + (tile.row_begin + row) * p.pre.stride + col;
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) arch::prefetch_l2(from, bytes);
+  }
+}
 
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
 // parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a piece ahead.

@@ -71,10 +71,10 @@ MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
 
 // The steps of a reduction, to sums that were cleared. Consumers that take turns wait for each other's last step: who
 // ran ahead would take a phase of `full` that is two rounds old, and of the same parity, for its own.
-// gathers: std::true_type where A came by cp.async.
+// gathers: std::true_type where A came by cp.async. beside: what is done while the first step is multiplied.
 template <class T, class Config, bool k_major>
 MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, StageRing<Config::value.stages>& ring,
-                               int steps, int consumer, auto gathers, auto& sums) {
+                               int steps, int consumer, auto gathers, auto& sums, auto beside) {
   constexpr HopperTiles tiles = Config::value;
   const int row = tiles.in_turns ? 0 : consumer * HopperGemmShared<T, Config, k_major>::kConsumerRows;
   using Stage = typename HopperGemmShared<T, Config, k_major>::Stage;
@@ -103,6 +103,7 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
     arch::wgmma_commit();
   };
   begin();
+  beside();
 #pragma unroll 4
   for (int step = 1; step < steps; ++step) {
     const int before = ring.stage;
@@ -149,8 +150,10 @@ MOE_INLINE void multiply_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, C
       shared.turn[consumer].wait(turn ^ (consumer == 0));  // the first is consumer 0's, and need not wait
       turn ^= 1;
     }
-    if (at.rows_by_tma) multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::false_type{}, sums);
-    else multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::true_type{}, sums);
+    const auto beside = [&] { ask_for_pre<T>(p, tile, row_begin, rows); };
+    if (at.rows_by_tma)
+      multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::false_type{}, sums, beside);
+    else multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::true_type{}, sums, beside);
     if (tiles.in_turns) ring.skip(steps);
     finish_sums<T>(p, tile, row_begin, sums, bias, at.parts, at.grid.col_tiles());
   }
