@@ -150,8 +150,9 @@ def route_weights(case):
 
 @every_epilogue
 @every_tiles
-def test_activate(options, case, dtype, batch_invariant, card):
-    """The pre-activation and what becomes of it; the rows times their route weight."""
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", ""])
+def test_activate(options, case, dtype, batch_invariant, scaled, card):
+    """The pre-activation and what becomes of it; the rows as they are, or times their route weight."""
     plan, score = reference.plan(case.ids(), case.experts), route_weights(case)
     columns = case.inner * (2 if options.get("gated", True) else 1)
     tensors = {
@@ -162,7 +163,8 @@ def test_activate(options, case, dtype, batch_invariant, card):
 
     def call(api, x, w, bias):
         rows = api.permute(x, plan)
-        rows = (rows * score.flatten()[plan.row_slot.long()].unsqueeze(1)).to(x.dtype)
+        if scaled:
+            rows = (rows * score.flatten()[plan.row_slot.long()].unsqueeze(1)).to(x.dtype)
         pre = api.grouped_gemm(rows, w, plan.offsets, bias=bias)
         return {"pre": pre, "inner": api.activate(pre, **options)}
 
@@ -170,7 +172,8 @@ def test_activate(options, case, dtype, batch_invariant, card):
     rows = case.tokens * case.top_k
     ours = {"pre": card.new(rows, columns, dtype=dtype), "inner": card.new(rows, case.inner, dtype=dtype)}
     card.run(
-        "grouped_gemm", "GroupedGemmParams", a=card.rows(tensors["x"], plan, score), weight=card.weights(tensors["w"]),
+        "grouped_gemm", "GroupedGemmParams",
+        a=card.rows(tensors["x"], plan, score if scaled else None), weight=card.weights(tensors["w"]),
         offsets=card.put(plan.offsets), **shapes(case, columns, case.hidden), bias=card.vector(tensors["bias"]),
         epilogue=ENUMS["Epilogue"].index("activate"), activation=activation_of(**options),
         batch_invariant=batch_invariant, out=card.matrix(ours["inner"]), pre=card.matrix(ours["pre"]),

@@ -30,18 +30,22 @@ struct TensorBoxes {
 
 // Null, or why there is no map. Elements outside the tensor are loaded as zeros and are not stored.
 inline const char* encode(const TensorBoxes& boxes, TensorMap& map) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+  // Asked for, so that nothing is linked with the driver, and once.
+  static const auto encode_tiled = []() -> decltype(&cuTensorMapEncodeTiled) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (status == cudaSuccess && found == cudaDriverEntryPointSuccess)
+      return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     cudaGetLastError();
-    return "the driver has no cuTensorMapEncodeTiled";
-  }
+    return nullptr;
+  }();
+  if (!encode_tiled) return "the driver has no cuTensorMapEncodeTiled";
   constexpr CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
   const cuuint32_t every_element[3] = {1, 1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+  const CUresult result = encode_tiled(
       reinterpret_cast<CUtensorMap*>(&map), types[int(boxes.element)], cuuint32_t(boxes.rank),
       const_cast<void*>(boxes.data), reinterpret_cast<const cuuint64_t*>(boxes.sizes),
       reinterpret_cast<const cuuint64_t*>(boxes.stride_bytes), boxes.box, every_element, CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -18,6 +18,13 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// Bytes of global memory to L2, without waiting; address and count are multiples of 16.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-prefetch
+__device__ __forceinline__ void prefetch_l2(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 // The box at (x, y), x along the contiguous dimension, to shared memory, aligned to 128 bytes, swizzled to 1024. The
 // barrier expects the bytes of the whole box, those outside the tensor included.
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Barrier& landed, int x, int y,

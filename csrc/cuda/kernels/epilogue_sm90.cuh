@@ -4,9 +4,11 @@
 // same inner columns in the second, or, interleaved, side by side.
 #pragma once
 
+#include "cuda/arch/tma.cuh"
 #include "cuda/arch/wgmma.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/values.cuh"
+#include "cuda/kernels/warp.cuh"
 
 namespace moe {
 
@@ -103,21 +105,63 @@ struct WarpgroupSums {
   }
 
   // The lane's eight sums of a piece, with biases [cols] added. The pieces are told apart at run time, so that an
-  // epilogue is compiled once.
+  // epilogue is compiled once: by branches, as selecting from all of them would cost more than the rest of it.
   MOE_INLINE Eight take(int piece, const float* bias) const {
-    Eight out;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      if (i != piece) continue;
-      const int row = i / kPiecesOfRow, group = i % 2 * (cols / 16) + i % kPiecesOfRow / 2 * 4;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out[j] = values[row / 2][4 * (group + j / 2) + row % 2 * 2 + j % 2];
-    }
+    Eight out = branch_to(piece);
     exchange_pairs(out);
     const int col = place(piece, 0).col;
 #pragma unroll
     for (int j = 0; j < 8; ++j) out[j] += bias[col + j];
     return out;
+  }
+
+  // The same, rounded before the lanes exchange them: half as much is. For pieces known at compile time.
+  template <class T>
+  MOE_INLINE arch::Pack<T, 8> take_rounded(int piece, const float* bias) const {
+    const Eight sums = as_they_lie(piece);
+    const float* const own = bias + place(piece, 0).col - arch::lane_id() % 4 * 6;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto add = arch::load<arch::Pack<float, 2>>(own + 8 * i);
+      const arch::Pack<T, 2> pair{from_float<T>(sums[2 * i] + add[0]), from_float<T>(sums[2 * i + 1] + add[1])};
+      __builtin_memcpy(&words[i], &pair, 4);
+    }
+    transpose_quad(words);
+    arch::Pack<T, 8> out;
+    __builtin_memcpy(&out, words, 16);
+    return out;
+  }
+
+ private:
+  MOE_INLINE Eight as_they_lie(int piece) const {
+    const int row = piece / kPiecesOfRow, group = piece % 2 * (cols / 16) + piece % kPiecesOfRow / 2 * 4;
+    Eight out;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) out[j] = values[row / 2][4 * (group + j / 2) + row % 2 * 2 + j % 2];
+    return out;
+  }
+
+  MOE_INLINE Eight branch_to(int piece) const {
+    static_assert(kPieces == 16);
+    switch (piece) {
+      case 0: return as_they_lie(0);
+      case 1: return as_they_lie(1);
+      case 2: return as_they_lie(2);
+      case 3: return as_they_lie(3);
+      case 4: return as_they_lie(4);
+      case 5: return as_they_lie(5);
+      case 6: return as_they_lie(6);
+      case 7: return as_they_lie(7);
+      case 8: return as_they_lie(8);
+      case 9: return as_they_lie(9);
+      case 10: return as_they_lie(10);
+      case 11: return as_they_lie(11);
+      case 12: return as_they_lie(12);
+      case 13: return as_they_lie(13);
+      case 14: return as_they_lie(14);
+      default: return as_they_lie(15);
+    }
   }
 };
 
@@ -131,10 +175,10 @@ template <class T, class Sums>
 MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                            const float* bias) {
   const ChunkRows<T> out(p.out);
-#pragma unroll 1
+#pragma unroll
   for (int piece = 0; piece < Sums::kPieces; ++piece) {
     const Place at = Sums::place(piece, row_begin);
-    const Eight values = sums.take(piece, bias);
+    const auto values = sums.template take_rounded<T>(piece, bias);
     if (at.row < tile.rows)
       out.store(tile.row_begin + at.row, tile.col_begin + at.col, values, columns_left<8>(tile, at.col));
   }
@@ -208,6 +252,22 @@ struct GateUpChunks {
     return !interleaved ? second[i] : i < 4 ? first[2 * i + 1] : second[2 * i - 7];
   }
 };
+
+// What the backward epilogue reads of H for a warpgroup's rows, asked to be in L2 before the products are there.
+template <class T>
+MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int row_begin, int rows) {
+  if (p.epilogue != Epilogue::activate_backward) return;
+  const bool gated = p.activation.gated, interleaved = gated && p.activation.interleaved;
+  const uint32_t bytes = uint32_t(tile.cols) * sizeof(T) / 16 * 16;
+#pragma unroll 1
+  for (int i = int(threadIdx.x) % 128; i < (gated ? 2 : 1) * rows; i += 128) {
+    const int row = row_begin + i % rows, run = i / rows;
+    if (row >= tile.rows) continue;
+    const int64_t col = interleaved ? 2 * tile.col_begin + run * tile.cols : run * p.n + tile.col_begin;
+    const T* const from = static_cast<const T*>(p.pre.data) + (tile.row_begin + row) * p.pre.stride + col;
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) arch::prefetch_l2(from, bytes);
+  }
+}
 
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
 // parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a piece ahead.

@@ -2,25 +2,10 @@
 // row, first exchange what they have of each other's chunks.
 #pragma once
 
-#include "cuda/arch/warp.cuh"
 #include "cuda/kernels/values.cuh"
+#include "cuda/kernels/warp.cuh"
 
 namespace moe {
-
-// Of the four lanes side by side: word i of lane q goes to word q of lane i.
-MOE_INLINE void transpose_quad(uint32_t (&words)[4]) {
-  const bool odd = arch::lane_id() % 2, high = arch::lane_id() / 2 % 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = arch::shuffle_xor(odd ? words[i] : words[i + 1], 1);
-    (odd ? words[i] : words[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = arch::shuffle_xor(high ? words[i] : words[i + 2], 2);
-    (high ? words[i] : words[i + 2]) = got;
-  }
-}
 
 // Where the sums [64, cols] of a warpgroup go: lane l of warp w has of row 16 w + l / 4 + 8 h columns 8 i + l % 4 * 2..
 // in sums[4 i + 2 h..], as wgmma leaves them. Columns come in whole chunks of 16 bytes.

@@ -55,6 +55,7 @@ MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
       auto& stage = shared.stages[ring.stage];
       auto& full = shared.full[ring.stage];
       shared.empty[ring.stage].wait(ring.parity ^ 1);
+      arch::sync_warp();  // parity tells only neighbouring rounds apart, so that no lane may stay behind
       if (threadIdx.x == 0) {
         full.arrive_expect_bytes(sizeof(stage.b) + (gathers ? 0 : sizeof(stage.a)));
         load_weights(stage.b, at, full, columns, k, tile.expert);
@@ -70,10 +71,10 @@ MOE_INLINE void load_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
 
 // The steps of a reduction, to sums that were cleared. Consumers that take turns wait for each other's last step: who
 // ran ahead would take a phase of `full` that is two rounds old, and of the same parity, for its own.
-// gathers: std::true_type where A came by cp.async.
+// gathers: std::true_type where A came by cp.async. beside: what is done while the first step is multiplied.
 template <class T, class Config, bool k_major>
 MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, StageRing<Config::value.stages>& ring,
-                               int steps, int consumer, auto gathers, auto& sums) {
+                               int steps, int consumer, auto gathers, auto& sums, auto beside) {
   constexpr HopperTiles tiles = Config::value;
   const int row = tiles.in_turns ? 0 : consumer * HopperGemmShared<T, Config, k_major>::kConsumerRows;
   using Stage = typename HopperGemmShared<T, Config, k_major>::Stage;
@@ -102,6 +103,7 @@ MOE_INLINE void multiply_steps(HopperGemmShared<T, Config, k_major>& shared, Sta
     arch::wgmma_commit();
   };
   begin();
+  beside();
 #pragma unroll 4
   for (int step = 1; step < steps; ++step) {
     const int before = ring.stage;
@@ -148,8 +150,10 @@ MOE_INLINE void multiply_tiles(const HopperGemmLaunch& at, HopperGemmShared<T, C
       shared.turn[consumer].wait(turn ^ (consumer == 0));  // the first is consumer 0's, and need not wait
       turn ^= 1;
     }
-    if (at.rows_by_tma) multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::false_type{}, sums);
-    else multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::true_type{}, sums);
+    const auto beside = [&] { ask_for_pre<T>(p, tile, row_begin, rows); };
+    if (at.rows_by_tma)
+      multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::false_type{}, sums, beside);
+    else multiply_steps<T, Config, k_major>(shared, ring, steps, consumer, std::true_type{}, sums, beside);
     if (tiles.in_turns) ring.skip(steps);
     finish_sums<T>(p, tile, row_begin, sums, bias, at.parts, at.grid.col_tiles());
   }
@@ -161,6 +165,8 @@ __global__ void __launch_bounds__(HopperTiles::kThreads, 1)
   constexpr HopperTiles tiles = Config::value;
   auto& shared = arch::shared<HopperGemmShared<T, Config, k_major>>();
   if (threadIdx.x == 0) {
+    arch::prefetch(at.weight_boxes);
+    if (at.rows_by_tma) arch::prefetch(at.row_boxes);
     for (int stage = 0; stage < tiles.stages; ++stage) {
       shared.full[stage].init(at.rows_by_tma ? 1 : 1 + 128);  // the one that counts bytes, and every thread that copies
       shared.empty[stage].init(tiles.in_turns ? 4 : 4 * tiles.kConsumers);

@@ -66,8 +66,6 @@ MOE_INLINE void load_steps(const HopperGradLaunch& at, HopperGradShared<T, Confi
       auto& full = shared.full[ring.stage];
       const bool whole = walk.rows.end - row >= tiles.depth;
       const bool grad_boxes = whole && at.grad_by_tma, a_boxes = whole && at.a_by_tma;
-      if (!grad_boxes) grad.find(row);
-      if (!a_boxes) a.find(row);
       shared.empty[ring.stage].wait(ring.parity ^ 1);
       if (threadIdx.x == 0) {
         full.arrive_expect_bytes(grad_boxes * sizeof(stage.grad) + a_boxes * sizeof(stage.a));
@@ -185,6 +183,8 @@ __global__ void __launch_bounds__(WeightGradTiles::kThreads, 1)
   constexpr WeightGradTiles tiles = Config::value;
   auto& shared = arch::shared<HopperGradShared<T, Config>>();
   if (threadIdx.x == 0) {
+    if (at.grad_by_tma) arch::prefetch(at.grad_boxes);
+    if (at.a_by_tma) arch::prefetch(at.a_boxes);
     const int arrivals = 1 + 128 * (scales(at.p) ? 2 : 1);  // the one that counts bytes, and every thread that copies
     for (int stage = 0; stage < tiles.stages; ++stage) {
       shared.full[stage].init(arrivals);

@@ -16,6 +16,12 @@ enum class Keep : uint64_t { normal, shortly, long_ };
 
 inline void prefetch(const TensorMap&) {}
 
+// Nothing comes of it but a check of what may be asked for.
+inline void prefetch_l2(const void* global, uint32_t bytes, simt::Where where = simt::Where::current()) {
+  if (bytes % 16) simt::fail("a prefetch of a count that is no multiple of 16", where);
+  simt::check_access("a prefetch", global, bytes, 16, where);
+}
+
 // Where a box lies: f(bytes from the tensor's start or -1 outside, offset in shared memory) for each 16 bytes.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#tensor-swizzling-modes
 template <class F>
