@@ -133,4 +133,7 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _send(grad, ctx.wire, ctx.splits.swapped()), None, None, None
+        sent = _send(grad, ctx.wire, ctx.splits.swapped())
+        if torch.is_anomaly_enabled():  # autograd looks for NaN in what this returns
+            sent = _wait(sent, ctx.wire)
+        return sent, None, None, None

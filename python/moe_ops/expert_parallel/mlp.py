@@ -65,7 +65,7 @@ def moe_mlp(
         num_experts: E, over all ranks.
         mode: "exact": counts are exchanged and read first, the only host synchronisation, and everything that must be
             the same on all ranks is compared. "bounded": room for rows_per_peer tokens from each rank to each, static
-            shapes, no synchronisation, nothing compared.
+            shapes, no synchronisation; compared on a CPU only, outside torch.compile.
         rows_per_peer: of bounded mode, over all chunks; the same on every rank. None: as many as x has, which is always
             enough and asks for the same T on every rank. Tokens that do not fit lose their experts of that rank.
         chunks: 1 to 32: the tokens travel and are computed in so many parts, the exchange of one behind the GEMMs of
@@ -81,8 +81,8 @@ def moe_mlp(
         rank's tokens did not fit.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; in exact mode on every
-            rank, where they disagree.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; where ranks disagree, on
+            every rank, if they compare: see mode.
         RuntimeError: the exchange failed: a rank died, or did not answer within the timeout of the group.
     """
     check(OP, mode, rows_per_peer, name)
@@ -102,7 +102,7 @@ def moe_mlp(
     options = {**kind, "alpha": alpha, "limit": limit, "up_offset": up_offset}
     weights = as_sent(weights, x)
     sizes = {"hidden": x.shape[1], "inner": inner}
-    same = {**options_of(x, weights), **kind, **own, "capacity": capacity, "drop_policy": drop_policy}
+    same = {**options_of(x=x, weights=weights), **kind, **own, "capacity": capacity, "drop_policy": drop_policy}
     tokens, routes = x.tensor_split(chunks), weights.tensor_split(chunks)
     plans = legs(experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, sizes, same)
 
