@@ -58,7 +58,7 @@ def combine(rows: Tensor, weights: Tensor | None, plan: ExpertParallelPlan) -> T
         checks.same_device("combine", "weights", weights, "rows", rows)
         weights = as_sent(weights, rows)
     agree({"hidden": rows.shape[1]}, options_of(rows=rows, weights=weights), wire, rows.device)
-    if weights is not plan.weights:
+    if weights is not None and plan.weights is None:  # they have not travelled yet
         weights = ops.permute(weights, plan.sent)
         weights = finish(start(weights, wire, splits), wire, splits)
     sums = ops.combine(rows, weights, plan.received)
