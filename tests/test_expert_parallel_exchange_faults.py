@@ -167,6 +167,7 @@ def refuse():
     op = "expert_parallel.moe_mlp: "
     for text, error, broken in [
         (op + "group must be None, a ProcessGroup or a DeviceMesh, got int 3", TypeError, lambda: call(group=3)),
+        (op + "group must hold this rank", ValueError, lambda: call(group=dist.GroupMember.NON_GROUP_MEMBER)),
         (op + "mode must be one of 'exact', 'bounded', got 'loose'", ValueError, lambda: call(mode="loose")),
         (op + "chunks must be at least 1, got 0", ValueError, lambda: call(chunks=0)),
         (op + "chunks must be at most 32, got 33", ValueError, lambda: call(chunks=33)),

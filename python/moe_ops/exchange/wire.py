@@ -48,6 +48,8 @@ def wire_of(op: str, group: Any, name: str | None) -> Wire:
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a DeviceMesh of one dimension, got one of {group.ndim}")
         group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: group must hold this rank, got one of other ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be None, a ProcessGroup or a DeviceMesh, got {checks.kind(group)}")
     label = op if name is None else f"{op} ({name})"
