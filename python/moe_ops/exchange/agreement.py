@@ -44,7 +44,7 @@ def exchange_counts(
 def agree(sizes: dict[str, int], options: dict[str, Any], wire: Wire, device: torch.device) -> None:
     """Compares the configuration where nothing else is exchanged, and where that keeps no device waiting: on a CPU.
 
-    Gloo ends a process that gets more bytes than it expects. Not in a compiled graph, whose results must be used.
+    Gloo ends a process that gets more bytes than it expects. Not in a compiled graph, which drops what nobody reads.
     """
     if device.type == "cpu" and not torch.compiler.is_compiling():
         exchange_counts(torch.zeros(wire.world, 0, dtype=torch.int64), sizes, options, wire)
