@@ -70,7 +70,7 @@ def moe_mlp(
             enough and asks for the same T on every rank. Tokens that do not fit lose their experts of that rank.
         chunks: 1 to 32: the tokens travel and are computed in so many parts, the exchange of one behind the GEMMs of
             another.
-        shared: called while the first tokens travel; what it returns, [T, H], is added.
+        shared: called while the first tokens travel; what it returns, [T, H] of the dtype x travels in, is added.
         name: of the layer, in errors of the exchange.
         activation, gated, layout, alpha, limit, up_offset, weight_on: as in moe_ops.moe_mlp.
         capacity, drop_policy: as moe_ops.plan takes them, of the tokens of all ranks, in the order of ranks: what one
@@ -107,7 +107,7 @@ def moe_mlp(
     plans = legs(experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, sizes, same)
 
     cargo = [send(tokens[0], routes[0], plans[0], wire)]
-    beside = None if shared is None else shared()
+    beside = None if shared is None else _beside(shared(), x)
     back = []
     for i, leg in enumerate(plans):
         if i + 1 < chunks:
@@ -124,6 +124,19 @@ def moe_mlp(
     if beside is not None:
         y = y + beside
     return y if rows_per_peer is None else (y, torch.stack([leg.dropped for leg in plans]).sum())
+
+
+def _beside(y: Any, x: Tensor) -> Tensor:
+    """What shared returned, if it can be added."""
+    name = "what shared returns"
+    checks.floats(OP, name, y, "[tokens, hidden]", 2)
+    checks.shape(OP, name, y, "[tokens, hidden]", tuple(x.shape))
+    if y.dtype != x.dtype:
+        raise TypeError(
+            f"{OP}: {name} must have the dtype of x ({checks.name_of(x.dtype)}), got {checks.name_of(y.dtype)}"
+        )
+    result: Tensor = y
+    return result
 
 
 def _check(
