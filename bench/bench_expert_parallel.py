@@ -103,6 +103,7 @@ def layer(a: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
     waiting = Waiting()
     waiting.watch(wire, "_wait")
     waiting.watch(legs, "exchange_counts")
+    waiting.watch(legs, "agree")
     shared = shared_expert(a, inputs["x"])
     exchange = {"group": dist.group.WORLD, "num_experts": a.experts, **inputs, "experts": ids}
     variants: dict[str, Callable[[], Tensor]] = {}

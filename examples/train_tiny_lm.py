@@ -290,7 +290,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.steps < 1:
         parser.error(f"argument --steps: expected at least 1, got {args.steps}")
     world = int(os.environ.get("WORLD_SIZE", "0"))
-    if args.ep and args.ep != world:
+    if args.ep != world and (args.ep or world > 1):
         parser.error(f"argument --ep: expected the number of processes of torchrun ({world}), got {args.ep}")
     if args.batch % max(args.ep, 1):
         parser.error(f"argument --batch: expected a multiple of --ep ({args.ep}), got {args.batch}")

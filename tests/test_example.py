@@ -108,6 +108,14 @@ def test_what_cannot_be_done_is_said_before_training(options, text, example, mon
     assert text in capsys.readouterr().err
 
 
+def test_processes_that_would_all_train_the_same_are_refused(example, monkeypatch, capsys):
+    _, arguments = example
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        arguments()
+    assert "argument --ep: expected the number of processes of torchrun (2), got 0" in capsys.readouterr().err
+
+
 def test_bars_show_the_load(example):
     module, _ = example
     load = module.torch.tensor([[0.0, 0.5, 1.0, 2.5], [0.01, 1.0, 1.0, 1.99]])

@@ -1,5 +1,6 @@
 """dispatch, combine and moe_mlp over process groups, against one rank: real processes over Gloo, 1, 2 and 4 of them."""
 
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -270,6 +271,21 @@ def memory():
 @every_world
 def test_memory_kept_for_backward(world):
     ranks.run(world, memory)
+
+
+def anomaly():
+    """Autograd must not look for NaN in a gradient that is still on its way: memory is NaN until something arrives."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    p = Problem(tokens=[9, 9])
+    with torch.autograd.detect_anomaly():
+        y = p.mlp(p.ids[p.mine], **p.leaves())
+        time.sleep(0.1 * p.rank)
+        y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_mode():
+    ranks.run(2, anomaly)
 
 
 def compiled(backend, mode, verb, chunks, sizes):

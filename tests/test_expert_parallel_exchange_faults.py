@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -42,6 +44,7 @@ DISAGREEMENTS = {
     "gradient of x True on ranks 0, 2, 3 and False on rank 1": {"requires_grad": False},
     "activation silu on ranks 0, 2, 3 and relu on rank 1": {"activation": "relu"},
     "capacity None on ranks 0, 2, 3 and 3 on rank 1": {"capacity": 3},
+    "mode exact on ranks 0, 2, 3 and bounded on rank 1": {"mode": "bounded"},
 }
 
 
@@ -60,6 +63,63 @@ def test_disagreement_is_an_error_on_every_rank_that_names_it():
             assert text.startswith("expert_parallel.moe_mlp (layer 7): all ranks must agree, got ")
             assert expected in text, text
         assert shape == (5, 8)
+
+
+def disagree_without_counts():
+    """What Gloo would end a process for, or what would give one layer another's tokens."""
+    odd, group, given = dist.get_rank() == 1, dist.group.WORLD, inputs()
+    rows, plan = moe_ops.dispatch(given["x"], given["experts"], 6, group=group)
+    narrow, frozen = rows[:, :4] if odd else rows, rows.detach() if odd else rows
+    weights = given["weights"].detach() if odd else given["weights"]
+    for text, broken in [
+        ("rows_per_peer 5 on ranks 0, 2, 3 and 6 on rank 1", lambda: mlp(mode="bounded", sizes={"tokens": 5 + odd})),
+        ("chunks 1 on ranks 0, 2, 3 and 2 on rank 1", lambda: mlp(mode="bounded", chunks=1 + odd)),
+        ("gradient of x True on ranks", lambda: mlp(mode="bounded", requires_grad=not odd)),
+        ("call 'dispatch (layer 0)' on ranks 0, 2, 3 and 'dispatch (layer 1)' on rank 1",
+         lambda: moe_ops.dispatch(given["x"], given["experts"], 6, group=group, name=f"layer {int(odd)}")),
+        ("call 'combine' on ranks 0, 2, 3 and 'dispatch' on rank 1", lambda: (
+            moe_ops.dispatch(given["x"], given["experts"], 6, group=group)
+            if odd else moe_ops.combine(rows, None, plan))),
+        ("dtype of rows float32 on ranks 0, 2, 3 and bfloat16 on rank 1",
+         lambda: moe_ops.combine(rows.bfloat16() if odd else rows, None, plan)),
+        ("hidden 8 on ranks 0, 2, 3 and 4 on rank 1", lambda: moe_ops.combine(narrow, None, plan)),
+        ("dtype of weights None on ranks 0, 2, 3 and float32 on rank 1",
+         lambda: moe_ops.combine(rows, weights if odd else None, plan)),
+        ("gradient of rows True on ranks 0, 2, 3 and False on rank 1", lambda: moe_ops.combine(frozen, None, plan)),
+        ("gradient of weights True on ranks", lambda: moe_ops.combine(rows, weights, plan)),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            broken()
+        assert "all ranks must agree, got " in str(caught.value)
+        assert text in str(caught.value), str(caught.value)
+    moe_ops.combine(rows, given["weights"], plan).sum().backward()  # the group still works
+
+
+def test_disagreement_is_found_where_no_counts_are_exchanged():
+    ranks.run(4, disagree_without_counts)
+
+
+def hang_with_the_store(port):
+    """Rank 0, which holds the store of the group, stops as a whole process."""
+    rank, timeout = dist.get_rank(), timedelta(seconds=1)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout, world_size=2, rank=rank)
+    mlp()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="the exchange between ranks failed on rank 1 of 2"):
+        mlp()
+    return time.monotonic() - begin
+
+
+def test_the_store_hangs_with_the_rank_that_holds_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _, (took, error) = ranks.gather(*ranks.start(2, hang_with_the_store, port), patience=20, without=0)
+    assert error is None, error
+    assert took < 3.0
 
 
 def fail(how, where):
@@ -107,6 +167,7 @@ def refuse():
     op = "expert_parallel.moe_mlp: "
     for text, error, broken in [
         (op + "group must be None, a ProcessGroup or a DeviceMesh, got int 3", TypeError, lambda: call(group=3)),
+        (op + "group must hold this rank", ValueError, lambda: call(group=dist.GroupMember.NON_GROUP_MEMBER)),
         (op + "mode must be one of 'exact', 'bounded', got 'loose'", ValueError, lambda: call(mode="loose")),
         (op + "chunks must be at least 1, got 0", ValueError, lambda: call(chunks=0)),
         (op + "chunks must be at most 32, got 33", ValueError, lambda: call(chunks=33)),
@@ -117,6 +178,10 @@ def refuse():
         (op + "num_experts must be an int, got None", TypeError, lambda: call(num_experts=None)),
         (op + "experts must be of dtype int32 or int64, got float32", TypeError, lambda: call(experts=ids.float())),
         (op + "name must be a str or None, got int 7", TypeError, lambda: call(name=7)),
+        (op + "what shared returns must be of shape [tokens, hidden] = [5, 8], got [1, 8]", ValueError,
+         lambda: call(shared=lambda: x[:1])),
+        (op + "what shared returns must have the dtype of x (float32), got float64", TypeError,
+         lambda: call(shared=x.double)),
         ("moe_mlp: weights must be of shape [5, top_k]", ValueError, lambda: call(weights=given["weights"][:3])),
         ("dispatch: mode must be one of", TypeError, lambda: send(mode=None)),
         ("dispatch: group must be None, a ProcessGroup", TypeError, lambda: send(group="default")),

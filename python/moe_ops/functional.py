@@ -58,7 +58,8 @@ def dispatch(
 
     mode "exact" exchanges the counts first and reads them, the only host synchronisation: R is then known to the host,
     of unbacked size under torch.compile. "bounded" gives each rank room for rows_per_peer tokens of each: shapes are
-    static, nothing waits for the device, and rows from offsets[E_local] on are zeros.
+    static, nothing waits for the device, and rows from offsets[E_local] on are zeros. What ranks must agree on is
+    compared in exact mode, and on a CPU, outside torch.compile, in bounded mode and by combine.
 
     Args:
         x: [T, H], as permute takes it. With a group T may differ between ranks, in bounded mode only where

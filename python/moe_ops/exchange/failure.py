@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -20,17 +21,27 @@ def failed(wire: Any, error: RuntimeError) -> RuntimeError:
 
 
 def _silent(wire: Any) -> str:
+    missing: list[int] = []
+    # The store may hang with the rank that holds it, and has no timeout of its own.
+    asking = threading.Thread(target=_ask, args=(wire, missing), daemon=True)
+    asking.start()
+    asking.join(2 * GRACE)
+    if asking.is_alive() or not missing:
+        return ""
+    return f"; rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not answer"
+
+
+def _ask(wire: Any, missing: list[int]) -> None:
+    """Says in the store that this rank failed; fills missing with the ranks that do not say so."""
     try:
         store = dist.distributed_c10d._get_default_store()
         key = f"moe_ops/failed/{wire.group}"
         store.set(f"{key}/{wire.rank}", "")
         deadline = time.monotonic() + GRACE
-        missing = [rank for rank in range(wire.world) if rank != wire.rank]
-        while missing and time.monotonic() < deadline:
-            missing = [rank for rank in missing if not store.check([f"{key}/{rank}"])]
+        silent = [rank for rank in range(wire.world) if rank != wire.rank]
+        while silent and time.monotonic() < deadline:
+            silent = [rank for rank in silent if not store.check([f"{key}/{rank}"])]
             time.sleep(0.02)
     except Exception:  # the store may have gone with the rank that held it
-        return ""
-    if not missing:
-        return ""
-    return f"; rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not answer"
+        return
+    missing.extend(silent)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks
-from moe_ops.exchange.agreement import exchange_counts
+from moe_ops.exchange.agreement import agree, exchange_counts
 from moe_ops.exchange.sending import outgoing, padded, trimmed
 from moe_ops.exchange.wire import Splits, Wire
 from moe_ops.types import Plan
@@ -59,14 +59,16 @@ def legs(
 
     Args:
         mode: "exact": the ranks tell each other all chunks' counts and compare sizes and options, and the host waits
-            for that once. "bounded": neither.
+            for that once. "bounded": neither, but that they compare where `agree` can.
         rows_per_peer: of all chunks together, in bounded mode.
     """
+    sizes = {"num_experts": num_experts, "top_k": chunks[0].shape[1], "chunks": len(chunks), **sizes}
+    options = {"mode": mode, **options}
     if mode == "bounded":  # the first chunk is the largest
         room = chunks[0].shape[0] if rows_per_peer is None else -(-rows_per_peer // len(chunks))
+        agree({**sizes, "rows_per_peer": room}, options, wire, chunks[0].device)
         return [_bounded(experts, num_experts, wire, room) for experts in chunks]
     outs = [outgoing(experts, num_experts, wire.world) for experts in chunks]
-    sizes = {"num_experts": num_experts, "top_k": chunks[0].shape[1], "chunks": len(chunks), **sizes}
     sent, came = exchange_counts(torch.cat([out.counts for out in outs], 1), sizes, options, wire)
     nothing = outs[0].plan.offsets.new_zeros((), dtype=torch.int64)
     return [
@@ -87,14 +89,12 @@ def _bounded(experts: Tensor, num_experts: int, wire: Wire, room: int) -> Leg:
     return Leg(out.experts, padded(out.plan, room), Splits(even, even), None, out.wanted - out.plan.counts.sum())
 
 
-def options_of(x: Tensor, weights: Tensor | None) -> dict[str, Any]:
+def options_of(**tensors: Tensor | None) -> dict[str, Any]:
     """What every rank must agree on, or the exchange would bring garbage or hang, now or in backward."""
-    return {
-        "dtype of x": checks.name_of(x.dtype),
-        "dtype of weights": None if weights is None else checks.name_of(weights.dtype),
-        "gradient of x": needs_gradient(x),
-        "gradient of weights": needs_gradient(weights),
+    dtypes = {
+        f"dtype of {name}": None if value is None else checks.name_of(value.dtype) for name, value in tensors.items()
     }
+    return dtypes | {f"gradient of {name}": needs_gradient(value) for name, value in tensors.items()}
 
 
 def needs_gradient(value: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks, ops
+from moe_ops.exchange.agreement import agree
 from moe_ops.exchange.cargo import receive, send
 from moe_ops.exchange.legs import legs, options_of
 from moe_ops.exchange.wire import Splits, Wire, finish, start, wire_of
@@ -29,7 +30,7 @@ def dispatch(
     """`moe_ops.dispatch` over a group, its arguments but for the group checked."""
     wire = wire_of("dispatch", group, name)
     weights = None if weights is None else as_sent(weights, x)
-    options = {**options_of(x, weights), "capacity": capacity, "drop_policy": drop_policy}
+    options = {**options_of(x=x, weights=weights), "capacity": capacity, "drop_policy": drop_policy}
     (leg,) = legs([experts], num_experts, wire, mode, rows_per_peer, {"hidden": x.shape[1]}, options)
     cargo = send(x, weights, leg, wire)
     tokens, weights, received = receive(cargo, leg, num_experts, wire, capacity, drop_policy)
@@ -55,7 +56,10 @@ def combine(rows: Tensor, weights: Tensor | None, plan: ExpertParallelPlan) -> T
         checks.floats("combine", "weights", weights, "[tokens, top_k]", 2)
         checks.shape("combine", "weights", weights, "[tokens, top_k]", tuple(plan.sent.slot_row.shape))
         checks.same_device("combine", "weights", weights, "rows", rows)
-        weights = ops.permute(as_sent(weights, rows), plan.sent)
+        weights = as_sent(weights, rows)
+    agree({"hidden": rows.shape[1]}, options_of(rows=rows, weights=weights), wire, rows.device)
+    if weights is not None and plan.weights is None:  # they have not travelled yet
+        weights = ops.permute(weights, plan.sent)
         weights = finish(start(weights, wire, splits), wire, splits)
     sums = ops.combine(rows, weights, plan.received)
     back = splits.swapped()

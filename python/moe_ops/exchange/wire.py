@@ -48,6 +48,8 @@ def wire_of(op: str, group: Any, name: str | None) -> Wire:
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a DeviceMesh of one dimension, got one of {group.ndim}")
         group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: group must hold this rank, got one of other ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be None, a ProcessGroup or a DeviceMesh, got {checks.kind(group)}")
     label = op if name is None else f"{op} ({name})"
@@ -133,4 +135,9 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _send(grad, ctx.wire, ctx.splits.swapped()), None, None, None
+        sent = _send(grad, ctx.wire, ctx.splits.swapped())
+        if (
+            not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+        ):  # autograd looks for NaN in what this returns
+            sent = _wait(sent, ctx.wire)
+        return sent, None, None, None

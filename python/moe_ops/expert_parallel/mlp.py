@@ -65,12 +65,12 @@ def moe_mlp(
         num_experts: E, over all ranks.
         mode: "exact": counts are exchanged and read first, the only host synchronisation, and everything that must be
             the same on all ranks is compared. "bounded": room for rows_per_peer tokens from each rank to each, static
-            shapes, no synchronisation, nothing compared.
+            shapes, no synchronisation; compared on a CPU only, outside torch.compile.
         rows_per_peer: of bounded mode, over all chunks; the same on every rank. None: as many as x has, which is always
             enough and asks for the same T on every rank. Tokens that do not fit lose their experts of that rank.
         chunks: 1 to 32: the tokens travel and are computed in so many parts, the exchange of one behind the GEMMs of
             another.
-        shared: called while the first tokens travel; what it returns, [T, H], is added.
+        shared: called while the first tokens travel; what it returns, [T, H] of the dtype x travels in, is added.
         name: of the layer, in errors of the exchange.
         activation, gated, layout, alpha, limit, up_offset, weight_on: as in moe_ops.moe_mlp.
         capacity, drop_policy: as moe_ops.plan takes them, of the tokens of all ranks, in the order of ranks: what one
@@ -81,8 +81,8 @@ def moe_mlp(
         rank's tokens did not fit.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; in exact mode on every
-            rank, where they disagree.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; where ranks disagree, on
+            every rank, if they compare: see mode.
         RuntimeError: the exchange failed: a rank died, or did not answer within the timeout of the group.
     """
     check(OP, mode, rows_per_peer, name)
@@ -102,12 +102,12 @@ def moe_mlp(
     options = {**kind, "alpha": alpha, "limit": limit, "up_offset": up_offset}
     weights = as_sent(weights, x)
     sizes = {"hidden": x.shape[1], "inner": inner}
-    same = {**options_of(x, weights), **kind, **own, "capacity": capacity, "drop_policy": drop_policy}
+    same = {**options_of(x=x, weights=weights), **kind, **own, "capacity": capacity, "drop_policy": drop_policy}
     tokens, routes = x.tensor_split(chunks), weights.tensor_split(chunks)
     plans = legs(experts.tensor_split(chunks), num_experts, wire, mode, rows_per_peer, sizes, same)
 
     cargo = [send(tokens[0], routes[0], plans[0], wire)]
-    beside = None if shared is None else shared()
+    beside = None if shared is None else _beside(shared(), x)
     back = []
     for i, leg in enumerate(plans):
         if i + 1 < chunks:
@@ -124,6 +124,19 @@ def moe_mlp(
     if beside is not None:
         y = y + beside
     return y if rows_per_peer is None else (y, torch.stack([leg.dropped for leg in plans]).sum())
+
+
+def _beside(y: Any, x: Tensor) -> Tensor:
+    """What shared returned, if it can be added."""
+    name = "what shared returns"
+    checks.floats(OP, name, y, "[tokens, hidden]", 2)
+    checks.shape(OP, name, y, "[tokens, hidden]", tuple(x.shape))
+    if y.dtype != x.dtype:
+        raise TypeError(
+            f"{OP}: {name} must have the dtype of x ({checks.name_of(x.dtype)}), got {checks.name_of(y.dtype)}"
+        )
+    result: Tensor = y
+    return result
 
 
 def _check(

@@ -47,7 +47,8 @@ class ExpertParallelExperts(Experts):
         name: of the layer, in errors; by default the number of the layer among those built on this group.
 
     Attributes:
-        dropped: [] int64 on the device: with rows_per_peer, how many rows of this rank did not fit so far.
+        dropped: [] int64 on the device: with rows_per_peer, how many rows of this rank did not fit so far; those of
+            a forward that activation checkpointing runs twice count twice.
     """
 
     def __init__(
