@@ -99,6 +99,25 @@ def test_disagreement_is_found_where_no_counts_are_exchanged():
     ranks.run(4, disagree_without_counts)
 
 
+def part_of_the_job():
+    """Groups of two in a job of four: errors number the ranks as the job does."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rank, given = dist.get_rank(), inputs()
+    group = groups[rank // 2]
+    with pytest.raises(ValueError, match="top_k 2 on rank 2 and 3 on rank 3" if rank > 1 else "rank 0 and 3 on rank 1"):
+        moe_ops.dispatch(given["x"], torch.zeros(5, 2 + rank % 2, dtype=torch.int32), 6, group=group)
+    if rank == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 2:
+        with pytest.raises(RuntimeError, match=r"failed on rank 2 of the group \[2, 3\]; rank 3 did not answer"):
+            moe_ops.dispatch(given["x"], given["experts"], 6, group=group)
+
+
+def test_ranks_of_a_part_of_the_job_are_numbered_as_in_the_job():
+    outcomes = ranks.gather(*ranks.start(4, part_of_the_job, timeout=TIMEOUT), without=3)
+    assert [error for _, error in outcomes[:3]] == [None, None, None]
+
+
 def hang_with_the_store(port):
     """Rank 0, which holds the store of the group, stops as a whole process."""
     rank, timeout = dist.get_rank(), timedelta(seconds=1)

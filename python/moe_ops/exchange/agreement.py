@@ -75,15 +75,15 @@ def _exchange(
     except RuntimeError as error:
         raise failed(wire, error) from error
     said = [dict(line.split("=", 1) for line in each.splitlines()) for each in everyone]
-    raise ValueError(f"{label}: all ranks must agree, got {differences(said)}")
+    raise ValueError(f"{label}: all ranks must agree, got {differences(said, dist.get_process_group_ranks(resolved))}")
 
 
-def differences(said: list[dict[str, str]]) -> str:
-    """Which fields are not the same on all ranks, and who has what."""
+def differences(said: list[dict[str, str]], ranks: list[int]) -> str:
+    """Which fields are not the same on all ranks, and who of them, numbered as in the whole job, has what."""
     texts = []
     for name in dict.fromkeys(name for each in said for name in each):
         values: dict[str, list[str]] = {}
-        for rank, each in enumerate(said):
+        for rank, each in zip(ranks, said, strict=True):
             values.setdefault(each.get(name, "nothing"), []).append(str(rank))
         if len(values) > 1:
             whose = (f"{value} on rank{'s' * (len(on) > 1)} {', '.join(on)}" for value, on in values.items())

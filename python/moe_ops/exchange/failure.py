@@ -14,13 +14,17 @@ GRACE = 0.3  # seconds in which the other ranks can report their own failure
 def failed(wire: Any, error: RuntimeError) -> RuntimeError:
     """The exception for a collective that raised `error` on this rank.
 
-    Every rank that fails says so in the store the group was made with; who has not within GRACE is named.
+    Every rank that fails says so in the store the group was made with; who has not within GRACE is named. Ranks are
+    numbered as in the whole job, also where the group is a part of it.
     """
-    where = f"{wire.label}: the exchange between ranks failed on rank {wire.rank} of {wire.world}"
-    return RuntimeError(f"{where}{_silent(wire)}: {error}")
+    c10d: Any = dist.distributed_c10d
+    numbers = dist.get_process_group_ranks(c10d._resolve_process_group(wire.group))
+    among = wire.world if wire.world == dist.get_world_size() else f"the group {numbers}"
+    where = f"{wire.label}: the exchange between ranks failed on rank {numbers[wire.rank]} of {among}"
+    return RuntimeError(f"{where}{_silent(wire, numbers)}: {error}")
 
 
-def _silent(wire: Any) -> str:
+def _silent(wire: Any, numbers: list[int]) -> str:
     missing: list[int] = []
     # The store may hang with the rank that holds it, and has no timeout of its own.
     asking = threading.Thread(target=_ask, args=(wire, missing), daemon=True)
@@ -28,7 +32,7 @@ def _silent(wire: Any) -> str:
     asking.join(2 * GRACE)
     if asking.is_alive() or not missing:
         return ""
-    return f"; rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not answer"
+    return f"; rank{'s' * (len(missing) > 1)} {', '.join(str(numbers[rank]) for rank in missing)} did not answer"
 
 
 def _ask(wire: Any, missing: list[int]) -> None:

@@ -39,4 +39,6 @@ def handshake(label: str, group: Any, device: torch.device, fields: Mapping[str,
         torch.distributed.all_gather_object(everyone, said, group=group)
     except RuntimeError as error:
         raise failed(Wire(group.group_name, rank, world, f"building {label}"), error) from error
-    raise ValueError(f"{label}: all ranks must agree, got {differences(everyone)}")
+    raise ValueError(
+        f"{label}: all ranks must agree, got {differences(everyone, torch.distributed.get_process_group_ranks(group))}"
+    )
