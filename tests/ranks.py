@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -43,7 +44,7 @@ def _rank(function, arguments, rank, world, store, timeout, answer):
         result, error = function(*arguments), None
     except Exception:
         result, error = None, Failed(f"rank {rank}: {traceback.format_exc()}", time.monotonic())
-    answer.send((result, error))
+    answer.send_bytes(pickle.dumps((result, error)))  # whole: tensors are not shared with a rank that ends
     answer.close()
     if error is None and dist.is_initialized():
         dist.destroy_process_group()
@@ -76,7 +77,7 @@ def gather(processes, answers, patience=120.0, without=None):
         for end in wait(list(open_ends), left):
             rank = open_ends.pop(end)
             try:
-                outcomes[rank] = end.recv()
+                outcomes[rank] = pickle.loads(end.recv_bytes())
             except EOFError:
                 outcomes[rank] = (None, Lost(f"rank {rank} died", time.monotonic()))
     for process in processes:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moe_ops
+import ranks
 from accuracy import assert_bitwise_equal
 from cases import randn
 from moe_ops import RouterHealth, RouterReplay, nn
@@ -259,8 +260,8 @@ def test_layers_that_were_replaced_are_seen(family):
     assert not other.summary()
 
 
-def in_ranks(rank, meet, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+def read_on_two():
+    rank = torch.distributed.get_rank()
     model, x = layers("cpu"), randn(TOKENS, HIDDEN, seed=21)
     group = torch.distributed.group.WORLD
     health = RouterHealth(model, coactivation=True, group=group)
@@ -276,19 +277,13 @@ def in_ranks(rank, meet, results):
     later = health.summary()["1"].tokens, health.history("1"), health.history("0")
     with pytest.raises(ValueError, match=r"^RouterHealth.history: name must be one of 0, 1, got '2'"):
         health.history("2")
-    results[rank] = *read, later
-    torch.distributed.destroy_process_group()
+    return *read, later
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no Gloo")
-def test_two_ranks_read_as_one_with_all_tokens(tmp_path, pytestconfig):
+def test_two_ranks_read_as_one_with_all_tokens(pytestconfig):
     if pytestconfig.getoption("--device") != "cpu":
         pytest.skip("the ranks are processes on a CPU")
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(in_ranks, (str(tmp_path / "meet"), results), nprocs=2)
-        first, second = results[0], results[1]
+    first, second = ranks.run(2, read_on_two)
     model = layers("cpu")
     model[0].capacity_factor = None
     alone = RouterHealth(model, coactivation=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import ranks
 from accuracy import assert_close
 from cases import WIDEST
 from layers import ATOL, EXPERTS, HIDDEN, INNER, RTOL, TOP_K, assert_same_gradients, build, feed_forward, tokens
@@ -69,31 +70,24 @@ def test_entropies_of_probabilities_that_came_to_zero(device):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
-def in_ranks(rank, path, results):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    router, x = ranked(), tokens(24, dtype=torch.float32)[rank::2]
-    balancing = nn.LossFreeBalancing(router, rate=0.5, group=dist.group.WORLD)
-    loss = losses.load_balancing(router(x, stats=True), group=dist.group.WORLD)
-    loss.backward()
-    balancing()
-    results[rank] = (loss.detach(), router.weight.grad, router.selection_bias)
-    dist.destroy_process_group()
-
-
 def ranked():
     torch.manual_seed(0)
     return nn.Router(HIDDEN, EXPERTS, TOP_K, correction_bias=True)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no Gloo")
-def test_two_ranks_balance_as_one_with_all_tokens(tmp_path, pytestconfig):
+def balance_on_two():
+    router, x = ranked(), tokens(24, dtype=torch.float32)[dist.get_rank() :: 2]
+    balancing = nn.LossFreeBalancing(router, rate=0.5, group=dist.group.WORLD)
+    loss = losses.load_balancing(router(x, stats=True), group=dist.group.WORLD)
+    loss.backward()
+    balancing()
+    return loss.detach(), router.weight.grad, router.selection_bias
+
+
+def test_two_ranks_balance_as_one_with_all_tokens(pytestconfig):
     if pytestconfig.getoption("--device") != "cpu":
         pytest.skip("the ranks are processes on a CPU")
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(in_ranks, (str(tmp_path / "meet"), results), nprocs=2)
-        first, second = results[0], results[1]
+    first, second = ranks.run(2, balance_on_two)
     router = ranked()
     balancing = nn.LossFreeBalancing(router, rate=0.5)
     loss = losses.load_balancing(router(tokens(24, dtype=torch.float32), stats=True))

@@ -67,7 +67,7 @@ def dispatch(
         experts, num_experts, capacity, drop_policy: as plan takes them.
         weights: as plan takes them. With a group they travel along and combine needs none.
         group: the process group to exchange rows with, or a DeviceMesh of one dimension. None: no exchange.
-        mode: "exact" or "bounded".
+        mode: "exact" or "bounded"; this and what follows is for a group only.
         rows_per_peer: of bounded mode, the same on every rank; None: T, which is always enough. Further rows are
             dropped and counted in plan.dropped.
         name: of the layer, in errors of the exchange.
@@ -84,7 +84,7 @@ def dispatch(
     policy = checks.option("dispatch", "drop_policy", drop_policy, checks.DROP_POLICIES)
     checks.plan("dispatch", experts, num_experts, capacity, policy, weights)
     checks.dispatch(x, experts)
-    exchange.check("dispatch", mode, rows_per_peer, name)
+    exchange.check("dispatch", mode, rows_per_peer, name, grouped=group is not None)
     if not torch.compiler.is_compiling():
         checks.slots("dispatch", "experts", experts.numel())
     if group is not None:

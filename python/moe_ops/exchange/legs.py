@@ -35,8 +35,8 @@ class Leg(NamedTuple):
     dropped: Tensor
 
 
-def check(op: str, mode: Any, rows_per_peer: Any, name: Any) -> None:
-    """What a caller can get wrong about an exchange, but for the group."""
+def check(op: str, mode: Any, rows_per_peer: Any, name: Any, grouped: bool = True) -> None:
+    """What a caller can get wrong about an exchange, but for the group; without one there is nothing to say."""
     checks.option(op, "mode", mode, MODES)
     if rows_per_peer is not None:
         if mode == "exact":
@@ -44,6 +44,9 @@ def check(op: str, mode: Any, rows_per_peer: Any, name: Any) -> None:
         checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{op}: name must be a str or None, got {checks.kind(name)}")
+    for option, value, default in (("mode", mode, "exact"), ("name", name, None)):
+        if not grouped and value != default:
+            raise ValueError(f"{op}: {option} must be {default!r} where group is None, got {value!r}")
 
 
 def legs(

@@ -12,7 +12,7 @@ from moe_ops.types import Plan
 
 
 def owned(num_experts: int, rank: int, world: int) -> tuple[int, int]:
-    """The experts of a rank, first and one past the last: torch.chunk's, so that trailing ranks may have none."""
+    """The experts of a rank, first and one past the last: torch.chunk's cut, so that the last ranks may have none."""
     each = -(-num_experts // world)
     return min(rank * each, num_experts), min((rank + 1) * each, num_experts)
 

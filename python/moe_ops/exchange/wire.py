@@ -97,21 +97,20 @@ def leave(x: Tensor, wire: Wire) -> Tensor:
 
 
 def _send(x: Tensor, wire: Wire, splits: Splits) -> Tensor:
-    call = torch.ops._c10d_functional.all_to_all_single
-    if torch.compiler.is_compiling():
-        return call(x.contiguous(), splits.receive, splits.send, wire.group)
-    try:
-        return call(x.contiguous(), splits.receive, splits.send, wire.group)
-    except RuntimeError as error:
-        raise failed(wire, error) from error
+    all_to_all = torch.ops._c10d_functional.all_to_all_single
+    return _named(wire, all_to_all, x.contiguous(), splits.receive, splits.send, wire.group)
 
 
 def _wait(received: Tensor, wire: Wire) -> Tensor:
-    call = torch.ops._c10d_functional.wait_tensor
+    return _named(wire, torch.ops._c10d_functional.wait_tensor, received)
+
+
+def _named(wire: Wire, collective: Any, *args: Any) -> Any:
+    """collective(*args), whose failure says which layer's it was. A graph is traced without that."""
     if torch.compiler.is_compiling():
-        return call(received)
+        return collective(*args)
     try:
-        return call(received)
+        return collective(*args)
     except RuntimeError as error:
         raise failed(wire, error) from error
 
@@ -136,8 +135,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         sent = _send(grad, ctx.wire, ctx.splits.swapped())
-        if (
-            not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
-        ):  # autograd looks for NaN in what this returns
+        # Anomaly mode looks for NaN in what this returns.
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             sent = _wait(sent, ctx.wire)
         return sent, None, None, None

@@ -95,9 +95,8 @@ def moe_mlp(
         if chunks != 1:
             raise ValueError(f"{OP}: chunks must be 1 where a capacity is given, got {chunks}")
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
-    own, inner = _check(
-        x, weights, experts, w_in, w_out, gated, b_in, b_out, num_experts, owned(num_experts, *wire[1:3])
-    )
+    mine = owned(num_experts, wire.rank, wire.world)
+    own, inner = _check(x, weights, experts, w_in, w_out, gated, b_in, b_out, num_experts, mine)
     kind: dict[str, Any] = {"activation": activation, "gated": gated, "layout": layout, "weight_on": weight_on}
     options = {**kind, "alpha": alpha, "limit": limit, "up_offset": up_offset}
     weights = as_sent(weights, x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks
+from moe_ops.exchange.sending import owned
 
 DIMENSION = "ep"
 
@@ -36,18 +37,12 @@ def ep_mesh(op: str, mesh: Any) -> Any:
     return mesh[DIMENSION] if len(names) > 1 else mesh
 
 
-def owned(num_experts: int, mesh: Any) -> range:
-    """The experts of this rank: torch.chunk's part, r · ceil(E/W) .. (r+1) · ceil(E/W) within 0..E, possibly none."""
-    each = -(-num_experts // mesh.size())
-    first = min(mesh.get_local_rank() * each, num_experts)
-    return range(first, min(first + each, num_experts))
-
-
 def empty(op: str, shape: tuple[int, ...], mesh: Any, *, device: Any, dtype: torch.dtype | None) -> Tensor:
     """A weight [experts, ...] as a DTensor: this rank's memory holds its own experts only."""
     from torch.distributed.tensor import DTensor, Shard
 
-    mine = torch.empty(len(owned(shape[0], mesh)), *shape[1:], device=device, dtype=dtype)
+    first, last = owned(shape[0], mesh.get_local_rank(), mesh.size())
+    mine = torch.empty(last - first, *shape[1:], device=device, dtype=dtype)
     if mine.device.type not in (mesh.device_type, "meta"):
         raise ValueError(f"{op}: device must be {mesh.device_type!r}, the mesh's, or 'meta', got {mine.device.type!r}")
     whole = torch.empty(shape, device="meta")

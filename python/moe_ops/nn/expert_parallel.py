@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from moe_ops import checks, expert_parallel, module_checks, ops
+from moe_ops import checks, exchange, expert_parallel, ops
 from moe_ops.exchange.agreement import MAX_CHUNKS
-from moe_ops.exchange.legs import MODES
 from moe_ops.expert_parallel import sharding
 from moe_ops.expert_parallel.gradients import Scale
 from moe_ops.expert_parallel.handshake import handshake
@@ -69,14 +68,9 @@ class ExpertParallelExperts(Experts):
     ) -> None:
         op = "ExpertParallelExperts"
         self.mesh = sharding.ep_mesh(op, mesh)
-        checks.option(op, "mode", mode, MODES)
-        if rows_per_peer is not None and mode != "bounded":
-            raise ValueError(f"{op}: rows_per_peer must be None where mode is {mode!r}, got {rows_per_peer}")
-        if rows_per_peer is not None:
-            checks.integer(op, "rows_per_peer", rows_per_peer, 0, checks.MAX_INT32)
+        exchange.check(op, mode, rows_per_peer, name)
         checks.integer(op, "chunks", chunks, 1, MAX_CHUNKS)
         checks.option(op, "gradients", gradients, GRADIENTS)
-        module_checks.instance(op, "name", name, (str, type(None)), "a str or None")
         if options.get("impl", "moe_ops") != "moe_ops":
             raise ValueError(f"{op}: impl must be 'moe_ops', got {options['impl']!r}")
         self.mode, self.rows_per_peer, self.chunks, self.gradients = mode, rows_per_peer, chunks, gradients
@@ -162,8 +156,8 @@ class ExpertParallelExperts(Experts):
         return y
 
     def extra_repr(self) -> str:
-        exchange = f"mode={self.mode!r}, chunks={self.chunks}, gradients={self.gradients!r}"
-        return f"{super().extra_repr()}, ranks={self.mesh.size()}, {exchange}"
+        options = f"mode={self.mode!r}, chunks={self.chunks}, gradients={self.gradients!r}"
+        return f"{super().extra_repr()}, ranks={self.mesh.size()}, {options}"
 
 
 def _generator_state(device_type: str) -> str:
