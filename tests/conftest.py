@@ -111,10 +111,20 @@ def switches():
 @pytest.fixture
 def launches(pytestconfig):
     """Gives how many kernels the process has started, on the emulator, which counts them."""
+    return _count_of_emulator(pytestconfig, "moe_ops_simt_launches")
+
+
+@pytest.fixture
+def wgmmas(pytestconfig):
+    """Gives how many wgmmas the warps of the process have started, on the emulator, which counts them."""
+    return _count_of_emulator(pytestconfig, "moe_ops_simt_wgmmas")
+
+
+def _count_of_emulator(pytestconfig, name):
     if pytestconfig.getoption("--device") != "simt":
         pytest.skip("only the emulator counts kernels")
     from moe_ops.library import directory
 
-    count = ctypes.CDLL(str(directory() / LIBRARIES["simt"])).moe_ops_simt_launches
+    count = getattr(ctypes.CDLL(str(directory() / LIBRARIES["simt"])), name)
     count.restype = ctypes.c_uint64
     return count

@@ -253,6 +253,39 @@ def test_agrees_with_grouped_mm_of_torch(dtype, device, instruction_set):
         assert_as_accurate(mine, other, oracle[name], name)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(
+    ("arch", "counts", "n", "k", "used"),
+    [
+        (90, (70, 0, 31), 136, 72, (True, True, True)),
+        (90, (40, 0, 21), 136, 72, (False, False, True)),  # up to 64 rows the weights stream
+        (90, (70, 0, 31), 136, 71, (False, False, False)),
+        (80, (70, 0, 31), 136, 72, (False, False, False)),
+    ],
+)
+def test_hopper_multiplies_with_wgmma(arch, counts, n, k, used, dtype, device, wgmmas, monkeypatch):
+    """The product, the gradient of a and that of w: by kernels of sm_90a, or by those of every card, and right."""
+    monkeypatch.setenv("MOE_OPS_SIMT_ARCH", str(arch))
+    a, w = integers(sum(counts), k, dtype=dtype, limit=1), integers(len(counts), n, k, dtype=dtype, seed=1, limit=1)
+    grad, offsets = integers(sum(counts), n, dtype=dtype, seed=2, limit=1), offsets_of(counts)
+    grads, multiplied = [], []
+    for wanted in (0, 1):
+        leaves = [place(a, device), place(w, device)]
+        leaves[wanted].requires_grad_()
+        before = wgmmas()
+        out = moe_ops.grouped_gemm(*leaves, place(offsets, device))
+        between = wgmmas()
+        grads += torch.autograd.grad(out, leaves[wanted], place(grad, device))
+        multiplied += [between > before, wgmmas() > between]
+    assert multiplied == [used[0], used[1], used[0], used[2]]
+    expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    belongs = torch.nn.functional.one_hot(expert, len(counts)).double()
+    a, w, grad = a.double(), w.double(), grad.double()
+    assert torch.equal(out.detach().double(), torch.einsum("rk,rnk->rn", a, w[expert]).to(dtype).double())
+    assert torch.equal(grads[0].double(), torch.einsum("rn,rnk->rk", grad, w[expert]).to(dtype).double())
+    assert torch.equal(grads[1].double(), torch.einsum("re,rn,rk->enk", belongs, grad, a).to(dtype).double())
+
+
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(data=st.data())
 def test_property(data):

@@ -34,8 +34,9 @@ def set_batch_invariant(enabled: bool) -> None:
     """Whether a row's result must have the same bits whatever other rows are in the batch, on CUDA; off by default.
 
     Off, a grouped GEMM of up to 64 rows in all takes a kernel of its own, which streams the weights as fast as memory
-    gives them and sums in another order than that for more rows. On, every number of rows takes the latter, which is
-    slower for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route weights depend on a
+    gives them and sums in another order than that for more rows; on Hopper the gradient of the route weights also
+    depends on the tiles, which the number of rows decides. On, every number of rows takes one kernel and one order,
+    which is slower for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route weights depend on a
     token's own rows alone (drops by capacity aside). Gradients of expert weights and biases, and the statistics of
     route, are sums over the batch. On the CPU all of this holds always.
 

@@ -1,4 +1,5 @@
-// How many kernels this process has started, for the tests that count them.
+// What this process has run so far, for the tests that count: kernels, and the wgmmas of their warps.
 #include "machine/grid.h"
 
 extern "C" __attribute__((visibility("default"))) uint64_t moe_ops_simt_launches() { return simt::launches; }
+extern "C" __attribute__((visibility("default"))) uint64_t moe_ops_simt_wgmmas() { return simt::wgmmas_of_warps; }

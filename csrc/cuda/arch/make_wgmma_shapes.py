@@ -2,12 +2,12 @@
 
 import textwrap
 
-COLUMNS = (64, 128, 192, 256)
+COLUMNS = (64, 128, 256)
 INDENT = 8
 TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEAD = """\
-// sm_90: wgmma of every width, written by make_wgmma_shapes.py.
+// sm_90: wgmma of the widths that are used, written by make_wgmma_shapes.py.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-multiply-and-accumulate-instruction-wgmma-mma-async
 #pragma once
 
@@ -29,13 +29,14 @@ struct Wgmma;
 """
 
 FUNCTION = """\
-{head}
+  template <bool a_across, bool b_across> static __device__ __forceinline__
+  void multiply(float (&d)[{count}], uint64_t a, uint64_t b, bool accumulate) {{
     asm volatile("{{.reg .pred more; setp.ne.b32 more, {accumulate}, 0; wgmma.mma_async"
         ".sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{"
 {names}
         "}}, {operands}, more, 1, 1, {major};}}" :
 {registers}
-        : {inputs});
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(a_across)), "n"(int(b_across)));
   }}
 """
 
@@ -48,28 +49,18 @@ def wrapped(words, *, quoted):
     return textwrap.indent("\n".join(lines), " " * INDENT)
 
 
-def function(n, kind, *, in_registers):
+def function(n, kind):
     count = n // 2
-    of_a, next_free = (4, count + 4) if in_registers else (1, count + 1)
-    names = [f"%{i}" for i in range(count)]
-    a = [f"%{count + i}" for i in range(of_a)]
-    flags = next_free + 2
-    a_type = "const uint32_t (&a)[4]" if in_registers else "uint64_t a"
-    template = "template <bool b_across>" if in_registers else "template <bool a_across, bool b_across>"
-    inputs = [f'"r"(a[{i}])' for i in range(4)] if in_registers else ['"l"(a)']
-    inputs += ['"l"(b)', '"r"(int(accumulate))']
-    inputs += ['"n"(int(b_across))'] if in_registers else ['"n"(int(a_across))', '"n"(int(b_across))']
+    a, b, accumulate, a_across, b_across = (f"%{count + i}" for i in range(5))
     return FUNCTION.format(
-        head=f"  {template} static __device__ __forceinline__\n"
-        f"  void multiply(float (&d)[{count}], {a_type}, uint64_t b, bool accumulate) {{",
-        accumulate=f"%{next_free + 1}",
+        count=count,
+        accumulate=accumulate,
         n=n,
         kind=kind,
-        names=wrapped(names, quoted=True),
-        operands=("{" + ", ".join(a) + "}" if in_registers else a[0]) + f", %{next_free}",
-        major=f"%{flags}" if in_registers else f"%{flags}, %{flags + 1}",
+        names=wrapped([f"%{i}" for i in range(count)], quoted=True),
+        operands=f"{a}, {b}",
+        major=f"{a_across}, {b_across}",
         registers=wrapped([f'"+f"(d[{i}])' for i in range(count)], quoted=False),
-        inputs=", ".join(inputs),
     )
 
 
@@ -78,8 +69,7 @@ def main():
     for cpp, kind in TYPES.items():
         for n in COLUMNS:
             print(f"template <>\nstruct Wgmma<{cpp}, {n}> {{")
-            print(function(n, kind, in_registers=False))
-            print(function(n, kind, in_registers=True) + "};\n")
+            print(function(n, kind) + "};\n")
     print("}  // namespace moe::arch")
 
 

@@ -69,10 +69,4 @@ __device__ __forceinline__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b,
   Wgmma<T, n>::template multiply<a_across, b_across>(d, a, b, accumulate);
 }
 
-// The same, a [64, 16] in registers: a warp's 16 rows of it, as the operand of mma_16x8x16.
-template <class T, int n, bool b_across = false>
-__device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
-  Wgmma<T, n>::template multiply<b_across>(d, a, b, accumulate);
-}
-
 }  // namespace moe::arch

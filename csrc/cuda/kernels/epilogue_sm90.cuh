@@ -56,18 +56,13 @@ class ChunkRows {
 // Of the four lanes of a row: pair i of lane q goes to pair q of lane i.
 MOE_INLINE void exchange_pairs(Eight& pairs) {
 #pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = arch::lane_id() & distance;
+  for (int j = 0; j < 2; ++j) {
+    float of_pairs[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
+    for (int i = 0; i < 4; ++i) of_pairs[i] = pairs[2 * i + j];
+    transpose_quad(of_pairs);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float &low = pairs[2 * i + j], &high = pairs[2 * (i | distance) + j];
-        const float got = arch::shuffle_xor(upper ? low : high, distance);
-        (upper ? low : high) = got;
-      }
-    }
+    for (int i = 0; i < 4; ++i) pairs[2 * i + j] = of_pairs[i];
   }
 }
 

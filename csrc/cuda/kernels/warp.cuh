@@ -24,18 +24,19 @@ __device__ __forceinline__ int32_t scan_warp(int32_t value) {
   return value;
 }
 
-// Of the four lanes side by side: word i of lane q goes to word q of lane i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+// Of the four lanes side by side: value i of lane q goes to value q of lane i.
+template <class T>
+__device__ __forceinline__ void transpose_quad(T (&values)[4]) {
   const bool odd = arch::lane_id() % 2, high = arch::lane_id() / 2 % 2;
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = arch::shuffle_xor(odd ? words[i] : words[i + 1], 1);
-    (odd ? words[i] : words[i + 1]) = got;
+    const T got = arch::shuffle_xor(odd ? values[i] : values[i + 1], 1);
+    (odd ? values[i] : values[i + 1]) = got;
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t got = arch::shuffle_xor(high ? words[i] : words[i + 2], 2);
-    (high ? words[i] : words[i + 2]) = got;
+    const T got = arch::shuffle_xor(high ? values[i] : values[i + 2], 2);
+    (high ? values[i] : values[i + 2]) = got;
   }
 }
 

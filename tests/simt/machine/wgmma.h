@@ -12,6 +12,8 @@
 
 namespace simt {
 
+inline uint64_t wgmmas_of_warps = 0;  // of this process
+
 class Wgmmas {
  public:
   struct Registers {
@@ -40,7 +42,7 @@ class Wgmmas {
       expect_untouched(*sums, wgmma.where);
     }
     if (!accumulate) sums->values.assign(sums->values.size(), 0);
-    ++sums->running;
+    ++sums->running, ++wgmmas_of_warps;
     open_.push_back({std::move(wgmma), sums});
     return sums->values.data();
   }

@@ -67,10 +67,4 @@ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate = true,
   Wgmma<T, n>::template multiply<a_across, b_across>(d, a, b, accumulate, where);
 }
 
-template <class T, int n, bool b_across = false>
-void wgmma(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true,
-           simt::Where where = simt::Where::current()) {
-  Wgmma<T, n>::template multiply<b_across>(d, a, b, accumulate, where);
-}
-
 }  // namespace moe::arch

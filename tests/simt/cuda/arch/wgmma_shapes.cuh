@@ -69,7 +69,6 @@ struct OperandRows {
 
 struct WgmmaArgs {
   float* d;
-  const uint32_t* a_registers;  // null where a lies in shared memory
   uint64_t a, b;
   bool accumulate;
   simt::Where where;
@@ -94,25 +93,17 @@ void multiply_quarter(const simt::Lanes<WgmmaArgs>& all) {
   const int warp = int(block.thread().number / 32 % 4);
   const OperandRows a{.descriptor = args.a, .first = 16 * warp, .rows = 16, .across = a_across};
   const OperandRows b{.descriptor = args.b, .first = 0, .rows = n, .across = b_across};
-  std::vector<uint16_t> read_of_a;
-  if (!args.a_registers) read_of_a = a.read("wgmma's a", args.where);
+  const std::vector<uint16_t> read_of_a = a.read("wgmma's a", args.where);
   const std::vector<uint16_t> read_of_b = b.read("wgmma's b", args.where);
 
   float of_a[16][16], of_b[16][n];
   for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 16; ++k) {
-      if (args.a_registers) {
-        const int lane = row % 8 * 4 + k % 8 / 2, i = row / 8 + k / 8 * 2;
-        of_a[row][k] = number<T>(uint16_t(all[unsigned(lane)].a_registers[i] >> k % 2 * 16));
-      } else {
-        of_a[row][k] = number<T>(a.at(read_of_a, row, k));
-      }
-    }
+    for (int k = 0; k < 16; ++k) of_a[row][k] = number<T>(a.at(read_of_a, row, k));
   for (int k = 0; k < 16; ++k)
     for (int column = 0; column < n; ++column) of_b[k][column] = number<T>(b.at(read_of_b, column, k));
 
   const auto unchanged = [a, b, read_of_a, read_of_b, &shared = block.shared()] {
-    return (read_of_a.empty() || a.unchanged(shared, read_of_a)) && b.unchanged(shared, read_of_b);
+    return a.unchanged(shared, read_of_a) && b.unchanged(shared, read_of_b);
   };
   block.wgmmas().ask(args.a, args.b);
   float* sums = block.wgmmas().begin(registers, args.accumulate, {unchanged, args.where});
@@ -132,13 +123,8 @@ template <class T, int n>
 struct Wgmma {
   template <bool a_across, bool b_across>
   static void multiply(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate, simt::Where where) {
-    WgmmaArgs args{d, nullptr, a, b, accumulate, where};
+    WgmmaArgs args{d, a, b, accumulate, where};
     simt::Block::current->together("wgmma", 0xffffffff, args, multiply_quarter<T, n, a_across, b_across>, where);
-  }
-  template <bool b_across>
-  static void multiply(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, simt::Where where) {
-    WgmmaArgs args{d, a, 0, b, accumulate, where};
-    simt::Block::current->together("wgmma", 0xffffffff, args, multiply_quarter<T, n, false, b_across>, where);
   }
 };
 
