@@ -24,3 +24,11 @@ def test_examples_run(path, most):
     assert found
     for block in found:
         exec(compile(block, path, "exec"), names)
+
+
+def test_commands_name_programs():
+    """A script that the documents tell to run does something when it is run."""
+    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(each.read_text() for each in documents if each.exists())
+    scripts = set(re.findall(r"python ((?:bench|examples)/\w+\.py)", text))
+    assert [name for name in sorted(scripts) if "__main__" not in (ROOT / name).read_text()] == []
