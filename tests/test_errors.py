@@ -257,7 +257,7 @@ BAD = [
     ("dispatch", {"weights": zeros(T, 1)}, ValueError, "must be of shape [tokens, top_k] = [3, 2], got [3, 1]"),
     ("dispatch", {"mode": "bounded"}, ValueError, "must be 'exact' where group is None, got 'bounded'"),
     ("dispatch", {"name": "layer 3"}, ValueError, "must be None where group is None, got 'layer 3'"),
-    ("dispatch", {"group": "nccl"}, TypeError, "must be None, a ProcessGroup or a DeviceMesh, got str 'nccl'"),
+    ("dispatch", {"group": "nccl"}, TypeError, "must be a ProcessGroup or a DeviceMesh, got str 'nccl'"),
     ("dispatch", {"mode": "loose"}, ValueError, "must be one of 'exact', 'bounded', got 'loose'"),
     ("dispatch", {"rows_per_peer": 3}, ValueError, "must be None where mode is 'exact', got 3"),
     ("dispatch", {"name": 7}, TypeError, "must be a str or None, got int 7"),

@@ -185,7 +185,7 @@ def refuse():
     _, weighted = send(weights=given["weights"])
     op = "expert_parallel.moe_mlp: "
     for text, error, broken in [
-        (op + "group must be None, a ProcessGroup or a DeviceMesh, got int 3", TypeError, lambda: call(group=3)),
+        (op + "group must be a ProcessGroup or a DeviceMesh, got int 3", TypeError, lambda: call(group=3)),
         (op + "group must hold this rank", ValueError, lambda: call(group=dist.GroupMember.NON_GROUP_MEMBER)),
         (op + "mode must be one of 'exact', 'bounded', got 'loose'", ValueError, lambda: call(mode="loose")),
         (op + "chunks must be at least 1, got 0", ValueError, lambda: call(chunks=0)),
@@ -201,9 +201,13 @@ def refuse():
          lambda: call(shared=lambda: x[:1])),
         (op + "what shared returns must have the dtype of x (float32), got float64", TypeError,
          lambda: call(shared=x.double)),
+        (op + "shared must be None or callable, got int 3", TypeError, lambda: call(shared=3)),
+        (op + "activation must be one of 'silu'", ValueError, lambda: call(activation="swish")),
+        (op + "limit must be greater than 0, got 0", ValueError, lambda: call(limit=0)),
+        (op + "drop_policy must be one of 'position'", ValueError, lambda: call(drop_policy="random")),
         ("moe_mlp: weights must be of shape [5, top_k]", ValueError, lambda: call(weights=given["weights"][:3])),
         ("dispatch: mode must be one of", TypeError, lambda: send(mode=None)),
-        ("dispatch: group must be None, a ProcessGroup", TypeError, lambda: send(group="default")),
+        ("dispatch: group must be a ProcessGroup", TypeError, lambda: send(group="default")),
         ("combine: weights must be None, as dispatch was given weights", ValueError,
          lambda: moe_ops.combine(rows, given["weights"], weighted)),
         ("combine: weights must be of shape [tokens, top_k] = [5, 2]", ValueError,

@@ -185,14 +185,9 @@ def moe_mlp(
     checks.moe_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out)
     packing.check("moe_mlp", "w_in", weight_in, panels_in, "x", x)
     packing.check("moe_mlp", "w_out", weight_out, panels_out, "x", x)
-    act = checks.option("moe_mlp", "activation", activation, checks.ACTIVATIONS)
-    interleaved = bool(checks.option("moe_mlp", "layout", layout, checks.LAYOUTS))
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    alpha = checks.number("moe_mlp", "alpha", alpha, dtype=compute)
-    bound = float("inf") if limit is None else checks.number("moe_mlp", "limit", limit, positive=True, dtype=compute)
-    up_offset = checks.number("moe_mlp", "up_offset", up_offset, dtype=compute)
-    weight_on_input = bool(checks.option("moe_mlp", "weight_on", weight_on, checks.WEIGHT_ON))
-    policy = checks.option("moe_mlp", "drop_policy", drop_policy, checks.DROP_POLICIES)
+    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = mlp_options(
+        "moe_mlp", x.dtype, activation, layout, alpha, limit, up_offset, weight_on, drop_policy
+    )
     if plan is None:
         checks.mlp_experts(x, weights, weight_in, experts, capacity)
         if not torch.compiler.is_compiling():
@@ -216,3 +211,27 @@ def moe_mlp(
         numerics.is_batch_invariant(), keep_pre, panels_in, panels_out,
     )  # fmt: skip
     return y
+
+
+def mlp_options(
+    op: str,
+    dtype: torch.dtype,
+    activation: Any,
+    layout: Any,
+    alpha: Any,
+    limit: Any,
+    up_offset: Any,
+    weight_on: Any,
+    drop_policy: Any,
+) -> tuple[int, bool, float, float, float, bool, int]:
+    """The options of moe_mlp as its schema has them; numbers must be finite in what products are summed in."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        checks.option(op, "activation", activation, checks.ACTIVATIONS),
+        bool(checks.option(op, "layout", layout, checks.LAYOUTS)),
+        checks.number(op, "alpha", alpha, dtype=compute),
+        float("inf") if limit is None else checks.number(op, "limit", limit, positive=True, dtype=compute),
+        checks.number(op, "up_offset", up_offset, dtype=compute),
+        bool(checks.option(op, "weight_on", weight_on, checks.WEIGHT_ON)),
+        checks.option(op, "drop_policy", drop_policy, checks.DROP_POLICIES),
+    )

@@ -36,9 +36,9 @@ def set_batch_invariant(enabled: bool) -> None:
     Off, a grouped GEMM of up to 64 rows in all takes a kernel of its own, which streams the weights as fast as memory
     gives them and sums in another order than that for more rows; on Hopper the gradient of the route weights also
     depends on the tiles, which the number of rows decides. On, every number of rows takes one kernel and one order,
-    which is slower for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route weights depend on a
-    token's own rows alone (drops by capacity aside). Gradients of expert weights and biases, and the statistics of
-    route, are sums over the batch. On the CPU all of this holds always.
+    which is slower for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route weights
+    depend on a token's own rows alone (drops by capacity aside). Gradients of expert weights and biases, and the
+    statistics of route, are sums over the batch. On the CPU all of this holds always.
 
     Args:
         enabled: for the whole process, from the next call on. backward follows the forward it belongs to.

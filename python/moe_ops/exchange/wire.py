@@ -51,7 +51,7 @@ def wire_of(op: str, group: Any, name: str | None) -> Wire:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: group must hold this rank, got one of other ranks")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{op}: group must be None, a ProcessGroup or a DeviceMesh, got {checks.kind(group)}")
+        raise TypeError(f"{op}: group must be a ProcessGroup or a DeviceMesh, got {checks.kind(group)}")
     label = op if name is None else f"{op} ({name})"
     return Wire(group.group_name, dist.get_rank(group), dist.get_world_size(group), label)
 

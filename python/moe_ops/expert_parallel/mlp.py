@@ -97,6 +97,9 @@ def moe_mlp(
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
     mine = owned(num_experts, wire.rank, wire.world)
     own, inner = _check(x, weights, experts, w_in, w_out, gated, b_in, b_out, num_experts, mine)
+    functional.mlp_options(OP, x.dtype, activation, layout, alpha, limit, up_offset, weight_on, drop_policy)
+    if shared is not None and not callable(shared):
+        raise TypeError(f"{OP}: shared must be None or callable, got {checks.kind(shared)}")
     kind: dict[str, Any] = {"activation": activation, "gated": gated, "layout": layout, "weight_on": weight_on}
     options = {**kind, "alpha": alpha, "limit": limit, "up_offset": up_offset}
     weights = as_sent(weights, x)
