@@ -161,7 +161,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
   expect_type("moe_mlp_backward: grad_y", grad_y, x.scalar_type());
   expect_type("moe_mlp_backward: pre", pre, x.scalar_type());
   if (b_out) expect_shape("moe_mlp_backward: b_out", *b_out, {m.num_experts, m.hidden});
-  const Device device(x);
   const auto dy = with_unit_rows(grad_y), h = as_contiguous(pre);
   const auto bias_out = as_contiguous(b_out);
   const auto none = [&](const Tensor& like) { return empty({0}, like.scalar_type(), x); };
@@ -191,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
                   .score = m.on_output(),
                   .score_bias = need_score ? vector(bias_out) : Vector{},
                   .grad_score = need_score ? grad_score.data_ptr() : nullptr},
-                 device);
+                 Device(x));
   }
 
   const Tensor grad_w_out =
@@ -209,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
   Tensor grad_weights = need_score ? torch::stable::to(grad_score, weights.scalar_type()) : none(weights);
   if (need_x || (need_weights && weight_on_input)) {
     auto grad_rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
+    const Device device(x);
     grouped_gemm({.a = rows_of(grad_pre),
                   .weight = expert_weights(m.w_in, /*transposed=*/true),
                   .offsets = int32s(m.offsets),
