@@ -12,7 +12,8 @@ inline std::string hex(uint32_t lanes) {
 }
 
 inline void fail(const std::string& what, Where where) {
-  std::string text = what + " at " + show(where);
+  std::string text = what;
+  if (where.line() > 0) text += " at " + show(where);
   if (Block* block = Block::current)
     text += ", block " + show(block->index()) + ", thread " + show(block->thread().index);
   throw Error(text);
