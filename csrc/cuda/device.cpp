@@ -32,8 +32,8 @@ struct Facts {
   bool starts_early;
 };
 
-// Drivers from 12.3 on capture such launches in graphs. Where one is told to compile PTX instead of what it would load,
-// that is what every card has in common; MOE_OPS_CUDA_EARLY=0 is for measurements.
+// Drivers from 12.3 on capture such launches in graphs. CUDA's own variables make a driver compile PTX though there is
+// machine code, and that may be sm_80's; MOE_OPS_CUDA_EARLY=0 is for measurements.
 bool starts_early(int arch) {
   const auto is_set = [](const char* name, bool otherwise) {
     const char* text = std::getenv(name);
