@@ -4,8 +4,8 @@
     python bench/kernel_table.py LIBRARY --check   # compares with it, as .ci/cuda does
 
 LIBRARY is a compiled libmoe_ops_cuda.so; no GPU is needed. Another nvcc allocates registers otherwise, so that then
-only the laws are checked: nothing is spilled, no stack, as many blocks as the kernel was written for, and products
-fed by asynchronous copies of 16 bytes.
+only the laws are checked: nothing is spilled, no stack, as many blocks as the kernel was written for, products fed by
+asynchronous copies of 16 bytes, and on sm_90 no access to global memory before the wait for the grids ahead.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ class Table:
                 name = f"{instance.title}, {instance.readable}, {arch}"
                 if kernel.stack or kernel.local_accesses:
                     found.append(f"{name}: {kernel.stack} bytes of stack, {kernel.local_accesses} accesses to it")
+                if int(re.sub(r"\D", "", arch)) >= 90 and (unordered := kernel.unordered_access()):
+                    found.append(f"{name}: {unordered}")
                 copied = instance.arguments[-1:] == ("true",) and "bool direct" in instance.parameters
                 if copied and (slow := not_copied(kernel)):
                     found.append(f"{name}: in the main loop, {slow}")

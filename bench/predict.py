@@ -16,7 +16,7 @@ from published import SONICMOE
 from roofline import Work
 from shapes import CUDA, Shape, parse
 
-LAUNCH = 3e-6  # s from kernel to kernel in a stream: an assumption, printed as one
+LAUNCH = 3e-6  # s from kernel to kernel in a stream: an assumption, printed as one; what early starts hide is not known
 FEW_ROWS = 64  # csrc/cuda/launch/grouped_gemm.h
 
 
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"predicted, not measured, for {card.title}: {card.processors} processors, {card.memory / 1e12:.2f} TB/s,")
     print(f"{card.tensor_cores / 1e12:.0f} TFLOP/s of 16-bit products{share} ({card.source}).")
     print(f"{LAUNCH * 1e6:.0f} us a launch are assumed; what bounds route is instructions, which are not counted here.")
+    if card.wgmma_share:
+        print("Kernels start before the one ahead has ended; what that hides of a launch is not taken off.")
     if args.published:
         print("\nTFLOP/s of 6 T I H K and 12 T I H K; published: SonicMoE, read off its figures\n")
         print("\n".join(beside_published(card)))

@@ -12,7 +12,12 @@ from pathlib import Path
 
 ARITHMETIC = ("HGMMA", "HMMA", "FFMA")  # what a product is made of; the first that a kernel has
 
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+# What may reach global memory, prefetches too; LD and ST where the compiler does not know which memory it is.
+GLOBAL = {"LDG", "LD", "STG", "ST", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS", "CCTL"}
+GLOBAL |= {"UTMALDG", "UTMASTG", "UTMAREDG", "UTMAPF", "UBLKCP", "UBLKPF", "UBLKRED"}
+WAIT, LEAVE = "ACQBULK", {"EXIT", "RET", "CALL", "BRX", "JMP", "JMX"}  # griddepcontrol.wait; ways out of straight code
+
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"0x([0-9a-f]+)")
 
 
@@ -21,6 +26,7 @@ class Instruction:
     address: int
     name: str  # with its suffixes, as in LDG.E.128
     target: int | None = None  # of a branch
+    predicated: bool = False
 
     @property
     def kind(self) -> str:
@@ -43,6 +49,23 @@ class Kernel:
     @property
     def local_accesses(self) -> int:
         return self.count("LDL") + self.count("STL")
+
+    def unordered_access(self) -> str:
+        """Why it is not certain that each path waits for the grids ahead before it touches global memory; or empty.
+
+        It is where the wait stands ahead of all accesses and nothing ahead of the wait leads past it. Loads of memory
+        that must not change while a grid runs (ld.global.nc) have no place in one that starts early.
+        """
+        wait = next((i.address for i in self.code if i.kind == WAIT and not i.predicated), None)
+        if wait is None:
+            return "no wait for the grids ahead"
+        for i in self.code:
+            past = i.kind in LEAVE or (i.kind == "BRA" and (i.target is None or i.target > wait))
+            if i.address < wait and (past or i.kind in GLOBAL):
+                return f"{i.name} at {i.address:#x}, ahead of the wait for the grids ahead at {wait:#x}"
+            if i.kind == "LDG" and "CONSTANT" in i.name.split("."):
+                return f"{i.name} at {i.address:#x} of memory that grids ahead may write"
+        return ""
 
     def main_loop(self) -> list[Instruction]:
         """The innermost loop with most of the arithmetic; empty where no loop multiplies."""
@@ -93,9 +116,9 @@ def read_library(path: Path, cuobjdump: str) -> Library:
     code: list[Instruction] = []
     for line in _lines(cuobjdump, "-sass", path):
         if found := INSTRUCTION.match(line):
-            address, name, operands = int(found[1], 16), found[2], found[3]
+            address, name, operands = int(found[1], 16), found[3], found[4]
             target = TARGET.search(operands) if name.startswith("BRA") else None
-            code.append(Instruction(address, name, int(target[1], 16) if target else None))
+            code.append(Instruction(address, name, int(target[1], 16) if target else None, bool(found[2])))
         elif found := re.match(r"\s*Function : (\w+)", line):
             code = kernels[architecture][found[1]].code
         elif found := re.match(r"arch = (\w+)", line):

@@ -115,6 +115,12 @@ def launches(pytestconfig):
 
 
 @pytest.fixture
+def early_launches(pytestconfig):
+    """Gives how many of them may have started before the kernel ahead had ended."""
+    return _count_of_emulator(pytestconfig, "moe_ops_simt_early_launches")
+
+
+@pytest.fixture
 def wgmmas(pytestconfig):
     """Gives how many wgmmas the warps of the process have started, on the emulator, which counts them."""
     return _count_of_emulator(pytestconfig, "moe_ops_simt_wgmmas")

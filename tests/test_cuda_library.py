@@ -154,6 +154,25 @@ def test_which_cards_are_served(architectures, arch, expected):
     assert _C.has_cuda_kernels(architectures, arch) is expected
 
 
+@pytest.mark.parametrize(
+    ("architectures", "arch", "expected"),
+    [
+        ("sm_80 compute_80 sm_90a", 90, True),
+        ("sm_80 compute_80 sm_90a", 86, False),
+        ("sm_80 compute_80 sm_90a", 100, False),  # compiles the PTX of sm_80, which has no such wait
+        ("sm_80 compute_80", 90, False),
+        ("sm_90a compute_80", 90, True),
+        ("compute_80 compute_90", 90, True),
+        ("compute_80 compute_90", 100, True),
+        ("sm_80 compute_80 compute_90a", 100, False),
+        ("sm_80 sm_100", 100, True),
+        ("none", 90, False),
+    ],
+)
+def test_kernels_start_early_only_where_they_wait(architectures, arch, expected):
+    assert _C.cuda_kernels_start_early(architectures, arch) is expected
+
+
 @pytest.fixture
 def package(tmp_path):
     """A copy of the package, whose CUDA library a test may replace."""

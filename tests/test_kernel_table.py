@@ -45,6 +45,33 @@ def test_the_main_loop_is_the_innermost_one_that_multiplies():
     assert Kernel("k", 32, 0, 0, code[:2]).main_loop() == []
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["S2R", "ACQBULK", "PREEXIT", "LDG.E", "EXIT"], ""),
+        (["BRA 3", "SYNCS.EXCH.64", "UTMACCTL.PF", "ACQBULK", "UTMALDG.3D", "BRA 4", "EXIT"], ""),  # as in a GEMM
+        (["S2R", "LDG.E", "EXIT"], "no wait for the grids ahead"),
+        (["@ACQBULK", "LDG.E", "EXIT"], "no wait for the grids ahead"),
+        (["LDG.E.128", "ACQBULK", "EXIT"], "LDG.E.128 at 0x0, ahead of the wait for the grids ahead at 0x10"),
+        (["S2R", "RED.E.ADD", "ACQBULK", "EXIT"], "RED.E.ADD at 0x10, ahead of the wait for the grids ahead at 0x20"),
+        (["UBLKPF", "ACQBULK", "EXIT"], "UBLKPF at 0x0, ahead of the wait for the grids ahead at 0x10"),
+        (["EXIT", "ACQBULK", "EXIT"], "EXIT at 0x0, ahead of the wait for the grids ahead at 0x10"),
+        (["BRA 3", "ACQBULK", "EXIT", "LDG.E"], "BRA at 0x0, ahead of the wait for the grids ahead at 0x10"),
+        (["BRA", "ACQBULK", "EXIT"], "BRA at 0x0, ahead of the wait for the grids ahead at 0x10"),
+        (["ACQBULK", "LDG.E.CONSTANT", "EXIT"], "LDG.E.CONSTANT at 0x10 of memory that grids ahead may write"),
+    ],
+)
+def test_every_path_waits_for_the_grids_ahead(names, expected):
+    from sass import Instruction, Kernel
+
+    code = []
+    for i, text in enumerate(names):
+        name, _, target = text.partition(" ")
+        to = 16 * int(target) if target else None
+        code.append(Instruction(16 * i, name.lstrip("@"), to, predicated=name.startswith("@")))
+    assert Kernel("k", 32, 0, 0, code).unordered_access() == expected
+
+
 def test_template_arguments():
     from kernel_launches import split_arguments
 
@@ -59,7 +86,8 @@ def library():
 
     def kernels():
         symbols = "_ZN3moe14combine_kernelIfLi4EEEvNS_13CombineParamsE", "_ZN3moe10scale_gradENS_15ScaleGradLaunchE"
-        return {symbol: Kernel(symbol, 57, 0, 0, [Instruction(0, "LDG.E.128")]) for symbol in symbols}
+        code = [Instruction(0, "ACQBULK"), Instruction(16, "LDG.E.128")]
+        return {symbol: Kernel(symbol, 57, 0, 0, [*code]) for symbol in symbols}
 
     return Library("13.0.88", {"sm_80": kernels(), "sm_90a": kernels()})
 
@@ -86,6 +114,10 @@ def test_the_check_tells_what_has_changed(library, tmp_path, capsys):
     assert "laws only" in capsys.readouterr().out
     kernel.stack = 8
     assert check(table, path) == ["combine<T, n>, float32, 4, sm_90a: 8 bytes of stack, 0 accesses to it"]
+
+    kernel.stack = 0
+    del kernel.code[0], library.kernels["sm_80"][kernel.symbol].code[0]
+    assert check(table, path) == ["combine<T, n>, float32, 4, sm_90a: no wait for the grids ahead"]
 
 
 def test_every_kernel_has_a_launch():

@@ -40,6 +40,17 @@ def test_opcheck_with_gradients(name, dtype, device):
         torch.library.opcheck(getattr(torch.ops.moe_ops, name).default, args)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_start_early_on_hopper_alone(name, device, launches, early_launches, monkeypatch):
+    for arch in (80, 90):
+        monkeypatch.setenv("MOE_OPS_SIMT_ARCH", str(arch))
+        before = launches(), early_launches()
+        for args in SAMPLES[name](Maker(device, torch.bfloat16)):
+            getattr(torch.ops.moe_ops, name)(*args)
+        started, early = launches() - before[0], early_launches() - before[1]
+        assert started > 0 and early == (started if arch == 90 else 0)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the CPU has float64")
 @pytest.mark.parametrize("name", sorted({*OPERATORS} - {"plan", "permute"}))
 def test_float64_is_refused_where_there_is_none(name, device):

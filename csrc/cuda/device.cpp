@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -28,12 +29,28 @@ int attribute(cudaDeviceAttr name, int device) {
 
 struct Facts {
   int arch, processors;
+  bool starts_early;
 };
+
+// Drivers from 12.3 on capture such launches in graphs. CUDA's own variables make a driver compile PTX though there is
+// machine code, and that may be sm_80's; MOE_OPS_CUDA_EARLY=0 is for measurements.
+bool starts_early(int arch) {
+  const auto is_set = [](const char* name, bool otherwise) {
+    const char* text = std::getenv(name);
+    return text && *text ? std::string(text) != "0" : otherwise;
+  };
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver));
+  return driver >= 12030 && may_start_early(MOE_BUILT_FOR_CUDA, arch) && is_set("MOE_OPS_CUDA_EARLY", true) &&
+         !is_set("CUDA_FORCE_PTX_JIT", false) && !is_set("CUDA_FORCE_JIT", false);
+}
 
 Facts read_facts(int device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const Facts facts{.arch = 10 * major + minor, .processors = attribute(cudaDevAttrMultiProcessorCount, device)};
+  const Facts facts{.arch = 10 * major + minor,
+                    .processors = attribute(cudaDevAttrMultiProcessorCount, device),
+                    .starts_early = starts_early(10 * major + minor)};
   if (!has_kernels(MOE_BUILT_FOR_CUDA, facts.arch))
     throw std::runtime_error("moe_ops: no kernels for cuda:" + std::to_string(device) +
                              ", which has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
@@ -80,6 +97,8 @@ cudaStream_t Device::stream() const { return state_->stream; }
 int Device::arch() const { return state_->facts.arch; }
 
 int Device::processors() const { return state_->facts.processors; }
+
+bool Device::starts_early() const { return state_->facts.starts_early; }
 
 // Given back when this object dies: whoever gets it next is behind us in the same stream.
 void* Device::scratch(int64_t bytes) const {

@@ -26,6 +26,7 @@ struct Device {
   CUstream_st* stream() const;
   int arch() const;                    // compute capability: 80, 90
   int processors() const;              // streaming multiprocessors
+  bool starts_early() const;           // whether kernels may be launched early, see arch/launch.cuh
   void* scratch(int64_t bytes) const;  // device memory from torch's allocator, aligned to 256 bytes, in stream order:
                                        // for the kernels launched while this object lives
  private:

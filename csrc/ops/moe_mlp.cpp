@@ -57,7 +57,7 @@ Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Te
 }
 
 // y[t] = sum over the rows of token t, times their weights where given.
-Tensor combine_rows(const Layer& m, const Tensor& rows, Vector weights) {
+Tensor combine_rows(const Layer& m, const Tensor& rows, Vector weights, const Device& device) {
   auto y = empty({m.tokens, m.hidden}, rows.scalar_type(), rows);
   combine({.rows = matrix(rows),
            .weights = weights,
@@ -67,7 +67,7 @@ Tensor combine_rows(const Layer& m, const Tensor& rows, Vector weights) {
            .num_rows = m.rows,
            .hidden = m.hidden,
            .y = matrix(y)},
-          Device(rows));
+          device);
   return y;
 }
 
@@ -82,10 +82,10 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
   const auto bias_in = as_contiguous(b_in), bias_out = as_contiguous(b_out);
   if (b_in) expect_shape("moe_mlp: b_in", *b_in, {m.num_experts, m.pre_cols});
   if (b_out) expect_shape("moe_mlp: b_out", *b_out, {m.num_experts, m.hidden});
-  const Device device(x);
 
   auto pre = keep_pre ? empty({m.rows, m.pre_cols}, x.scalar_type(), x) : empty({0}, x.scalar_type(), x);
-  auto inner = empty({m.rows, m.inner}, x.scalar_type(), x);
+  auto inner = empty({m.rows, m.inner}, x.scalar_type(), x), rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
+  const Device device(x);  // ends before what its kernels work on
   grouped_gemm({.a = gathered(m.x, m.row_slot, m.width, m.on_input()),
                 .weight = expert_weights(m.w_in, panels_in),
                 .offsets = int32s(m.offsets),
@@ -102,7 +102,6 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
                 .pre = keep_pre ? matrix(pre) : Matrix{}},
                device);
 
-  auto rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
   grouped_gemm({.a = rows_of(inner),
                 .weight = expert_weights(m.w_out, panels_out),
                 .offsets = int32s(m.offsets),
@@ -115,12 +114,12 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
                 .batch_invariant = m.batch_invariant,
                 .out = matrix(rows)},
                device);
-  return {combine_rows(m, rows, m.on_output()), pre};
+  return {combine_rows(m, rows, m.on_output(), device), pre};
 }
 
 // out[e] = grad^T . a over the rows of e
 Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows& a, int64_t n, int64_t k,
-                   ScalarType dtype) {
+                   ScalarType dtype, const Device& device) {
   auto out = empty({m.num_experts, n, k}, dtype, m.x);
   grouped_gemm_weight_grad({.grad = grad,
                             .a = a,
@@ -132,11 +131,11 @@ Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows&
                             .out = out.data_ptr(),
                             .out_dtype = dtype_of(out),
                             .allow_tf32 = m.allow_tf32},
-                           Device(m.x));
+                           device);
   return out;
 }
 
-Tensor bias_grad(const Layer& m, const GatheredRows& grad, int64_t n, ScalarType dtype) {
+Tensor bias_grad(const Layer& m, const GatheredRows& grad, int64_t n, ScalarType dtype, const Device& device) {
   auto out = empty({m.num_experts, n}, dtype, m.x);
   grouped_gemm_bias_grad({.grad = grad,
                           .offsets = int32s(m.offsets),
@@ -145,7 +144,7 @@ Tensor bias_grad(const Layer& m, const GatheredRows& grad, int64_t n, ScalarType
                           .n = n,
                           .out = out.data_ptr(),
                           .out_dtype = dtype_of(out)},
-                         Device(m.x));
+                         device);
   return out;
 }
 
@@ -161,66 +160,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
   expect_type("moe_mlp_backward: grad_y", grad_y, x.scalar_type());
   expect_type("moe_mlp_backward: pre", pre, x.scalar_type());
   if (b_out) expect_shape("moe_mlp_backward: b_out", *b_out, {m.num_experts, m.hidden});
-  const Device device(x);
   const auto dy = with_unit_rows(grad_y), h = as_contiguous(pre);
   const auto bias_out = as_contiguous(b_out);
   const auto none = [&](const Tensor& like) { return empty({0}, like.scalar_type(), x); };
   const auto gathered_dy = gathered(dy, m.row_slot, m.width);
 
-  // dA' = dY . W_out, and from it s A, dH and the score gradient
   auto inner = empty({m.rows, m.inner}, x.scalar_type(), x);
   auto grad_pre = empty({m.rows, m.pre_cols}, x.scalar_type(), x);
-  const bool need_score = need_weights && !weight_on_input;
+  const bool need_score = need_weights && !weight_on_input, need_rows = need_x || (need_weights && weight_on_input);
   auto grad_score = need_score ? empty({m.tokens, m.width}, compute_type(x), x) : none(x);
-  if (need_x || need_weights || need_w_in || need_w_out || b_in_dtype) {
-    expect_shape("moe_mlp_backward: pre", pre, {m.rows, m.pre_cols});
-    grouped_gemm({.a = gathered_dy,
-                  .weight = expert_weights(m.w_out, /*transposed=*/true),
-                  .offsets = int32s(m.offsets),
-                  .num_experts = m.num_experts,
-                  .num_rows = m.rows,
-                  .n = m.inner,
-                  .k = m.hidden,
-                  .allow_tf32 = m.allow_tf32,
-                  .batch_invariant = m.batch_invariant,
-                  .epilogue = Epilogue::activate_backward,
-                  .activation = m.activation,
-                  .out = matrix(inner),
-                  .pre = matrix(h),
-                  .grad_pre = matrix(grad_pre),
-                  .score = m.on_output(),
-                  .score_bias = need_score ? vector(bias_out) : Vector{},
-                  .grad_score = need_score ? grad_score.data_ptr() : nullptr},
-                 device);
-  }
+  auto grad_rows = need_rows ? empty({m.rows, m.hidden}, x.scalar_type(), x) : none(x);
+  Tensor grad_x = none(x), grad_weights = none(weights), grad_w_in, grad_w_out, grad_b_in, grad_b_out;
+  {
+    const Device device(x);  // ends before what its kernels work on
+    // dA' = dY . W_out, and from it s A, dH and the score gradient
+    if (need_x || need_weights || need_w_in || need_w_out || b_in_dtype) {
+      expect_shape("moe_mlp_backward: pre", pre, {m.rows, m.pre_cols});
+      grouped_gemm({.a = gathered_dy,
+                    .weight = expert_weights(m.w_out, /*transposed=*/true),
+                    .offsets = int32s(m.offsets),
+                    .num_experts = m.num_experts,
+                    .num_rows = m.rows,
+                    .n = m.inner,
+                    .k = m.hidden,
+                    .allow_tf32 = m.allow_tf32,
+                    .batch_invariant = m.batch_invariant,
+                    .epilogue = Epilogue::activate_backward,
+                    .activation = m.activation,
+                    .out = matrix(inner),
+                    .pre = matrix(h),
+                    .grad_pre = matrix(grad_pre),
+                    .score = m.on_output(),
+                    .score_bias = need_score ? vector(bias_out) : Vector{},
+                    .grad_score = need_score ? grad_score.data_ptr() : nullptr},
+                   device);
+    }
 
-  const Tensor grad_w_out =
-      need_w_out ? weight_grad(m, gathered_dy, rows_of(inner), m.hidden, m.inner, w_out.scalar_type()) : none(w_out);
-  const Tensor grad_b_out =
-      need_b_out ? bias_grad(m, gathered(dy, m.row_slot, m.width, m.on_output()), m.hidden, b_out->scalar_type())
-                 : none(b_out ? *b_out : w_out);
-  const Tensor grad_w_in = need_w_in
-                               ? weight_grad(m, rows_of(grad_pre), gathered(m.x, m.row_slot, m.width, m.on_input()),
-                                             m.pre_cols, m.hidden, w_in.scalar_type())
-                               : none(w_in);
-  const Tensor grad_b_in = b_in_dtype ? bias_grad(m, rows_of(grad_pre), m.pre_cols, *b_in_dtype) : none(w_in);
+    grad_w_out = need_w_out
+                     ? weight_grad(m, gathered_dy, rows_of(inner), m.hidden, m.inner, w_out.scalar_type(), device)
+                     : none(w_out);
+    grad_b_out = need_b_out ? bias_grad(m, gathered(dy, m.row_slot, m.width, m.on_output()), m.hidden,
+                                        b_out->scalar_type(), device)
+                            : none(b_out ? *b_out : w_out);
+    grad_w_in = need_w_in ? weight_grad(m, rows_of(grad_pre), gathered(m.x, m.row_slot, m.width, m.on_input()),
+                                        m.pre_cols, m.hidden, w_in.scalar_type(), device)
+                          : none(w_in);
+    grad_b_in = b_in_dtype ? bias_grad(m, rows_of(grad_pre), m.pre_cols, *b_in_dtype, device) : none(w_in);
 
-  Tensor grad_x = none(x);
-  Tensor grad_weights = need_score ? torch::stable::to(grad_score, weights.scalar_type()) : none(weights);
-  if (need_x || (need_weights && weight_on_input)) {
-    auto grad_rows = empty({m.rows, m.hidden}, x.scalar_type(), x);
-    grouped_gemm({.a = rows_of(grad_pre),
-                  .weight = expert_weights(m.w_in, /*transposed=*/true),
-                  .offsets = int32s(m.offsets),
-                  .num_experts = m.num_experts,
-                  .num_rows = m.rows,
-                  .n = m.hidden,
-                  .k = m.pre_cols,
-                  .allow_tf32 = m.allow_tf32,
-                  .batch_invariant = m.batch_invariant,
-                  .out = matrix(grad_rows)},
-                 device);
-    if (need_x) grad_x = combine_rows(m, grad_rows, m.on_input());
+    if (need_rows)
+      grouped_gemm({.a = rows_of(grad_pre),
+                    .weight = expert_weights(m.w_in, /*transposed=*/true),
+                    .offsets = int32s(m.offsets),
+                    .num_experts = m.num_experts,
+                    .num_rows = m.rows,
+                    .n = m.hidden,
+                    .k = m.pre_cols,
+                    .allow_tf32 = m.allow_tf32,
+                    .batch_invariant = m.batch_invariant,
+                    .out = matrix(grad_rows)},
+                   device);
+    if (need_x) grad_x = combine_rows(m, grad_rows, m.on_input(), device);
     if (need_weights && weight_on_input) {  // d(s x) = dX', so ds = <x, dX'>
       grad_weights = empty({m.tokens, m.width}, weights.scalar_type(), x);
       combine_backward({.grad_y = matrix(m.x),
@@ -236,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
                        device);
     }
   }
+  if (need_score) grad_weights = torch::stable::to(grad_score, weights.scalar_type());
   return {grad_x, grad_weights, grad_w_in, grad_w_out, grad_b_in, grad_b_out};
 }
 

@@ -92,6 +92,9 @@ PYBIND11_MODULE(_C, m) {
       "buffers of `bytes`");
   m.def("has_cuda_kernels", &moe::has_kernels, py::arg("architectures"), py::arg("arch"),
         "Whether a card of compute capability `arch` (80, 90) is served by architectures such as 'sm_80 compute_80'");
+  m.def(
+      "cuda_kernels_start_early", &moe::may_start_early, py::arg("architectures"), py::arg("arch"),
+      "Whether what such a card loads of them waits for the grids ahead, so that it may start before those have ended");
   m.def("gemm_tiles", &gemm_tiles, py::arg("processors"), py::arg("dtype"), py::arg("rows"), py::arg("experts"),
         py::arg("n"), py::kw_only(), py::arg("direct") = true, py::arg("allow_tf32") = false, py::arg("arch") = 80,
         py::arg("k") = 0,

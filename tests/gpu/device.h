@@ -18,6 +18,7 @@ struct Device {
   cudaStream_t stream() const { return stream_; }
   int arch() const;
   int processors() const;
+  bool starts_early() const { return arch() == 90; }  // the stages are built as PTX of 8.0 and 9.0a
   void* scratch(int64_t bytes) const;
 
   void finish() const;  // waits for the kernels, throws what went wrong in them

@@ -4,9 +4,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <list>
 
-#include "machine/memory.h"
+#include "machine/grid.h"
 #include "stages/stages.h"
 
 struct CUstream_st;
@@ -21,6 +22,11 @@ inline constexpr const char* kDispatchKey = "CPU";
 struct Device {
   Device() = default;  // for programs without torch
   explicit Device(const torch::stable::Tensor&) {}
+  // What was launched has ended: torch reads CPU tensors at once. Throws what a kernel did wrong.
+  ~Device() noexcept(false) {
+    if (std::uncaught_exceptions() > failures_) simt::forget_grids();
+    else simt::finish_grids();
+  }
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
@@ -35,9 +41,11 @@ struct Device {
     return text ? std::atoi(text) : 80;
   }
   int processors() const { return 4; }  // few, so that persistent kernels walk
+  bool starts_early() const { return arch() == 90; }
   void* scratch(int64_t bytes) const { return scratch_.emplace_back(size_t(bytes), "scratch").data(); }
 
  private:
+  int failures_ = std::uncaught_exceptions();
   mutable std::list<simt::GuardedMemory> scratch_;
 };
 

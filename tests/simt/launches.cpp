@@ -2,4 +2,7 @@
 #include "machine/grid.h"
 
 extern "C" __attribute__((visibility("default"))) uint64_t moe_ops_simt_launches() { return simt::launches; }
+extern "C" __attribute__((visibility("default"))) uint64_t moe_ops_simt_early_launches() {
+  return simt::early_launches;
+}
 extern "C" __attribute__((visibility("default"))) uint64_t moe_ops_simt_wgmmas() { return simt::wgmmas_of_warps; }

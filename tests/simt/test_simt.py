@@ -105,12 +105,20 @@ FAULTS_OF_SM_90 = {
 }
 
 
+UNWAITED = "a thread of a grid that started early ends without wait_for_previous_grid"
+FAULTS_OF_GRIDS = {
+    "read_before_wait": "wrong: out",
+    "write_before_wait": "wrong: out",
+    "middle_never_waits": UNWAITED,
+    "some_threads_wait": UNWAITED,
+}
+PLANTED = {"faults": FAULTS, "faults_sm90": FAULTS_OF_SM_90, "faults_grids": FAULTS_OF_GRIDS}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(
-    "program, fault", [("faults", each) for each in FAULTS] + [("faults_sm90", each) for each in FAULTS_OF_SM_90]
-)
+@pytest.mark.parametrize("program, fault", [(program, fault) for program in PLANTED for fault in PLANTED[program]])
 def test_fault_is_caught(program, fault, seed, compiled):
-    kernels, expected = compiled(program), (FAULTS | FAULTS_OF_SM_90)[fault]
+    kernels, expected = compiled(program), PLANTED[program][fault]
     assert run(kernels, fault, "mended", seed=seed) == (0, "right\n")
     status, text = run(kernels, fault, seed=seed)
     assert status == 1 and re.search(expected, text), text

@@ -50,6 +50,7 @@ extern "C" __attribute__((visibility("default"))) int64_t moe_ops_simt_tiles(con
   if (!out) return count;
   std::vector<moe::Tile> tiles(count);
   moe::launch({.grid = blocks, .block = 32}, moe::walk_tiles, grid, tiles.data());
+  moe::check(cudaStreamSynchronize(nullptr));
   for (const moe::Tile& tile : tiles)
     for (int64_t value : {int64_t(tile.expert), tile.row_begin, tile.col_begin, int64_t(tile.rows), int64_t(tile.cols)})
       *out++ = value;
@@ -69,6 +70,7 @@ extern "C" __attribute__((visibility("default"))) int64_t moe_ops_simt_gradient_
   std::vector<moe::Tile> walked(count, moe::Tile{.expert = -1});
   moe::launch({.grid = blocks, .block = 64, .shared_bytes = sizeof(moe::RankedExperts)}, moe::walk_gradients, tiles,
               offsets, rows, walked.data());
+  moe::check(cudaStreamSynchronize(nullptr));
   for (const moe::Tile& tile : walked)
     for (int64_t value : {int64_t(tile.expert), tile.col_begin, tile.row_begin, int64_t(tile.rows)}) *out++ = value;
   return count;

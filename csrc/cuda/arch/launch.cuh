@@ -14,7 +14,7 @@ struct Launch {
   size_t shared_bytes = 0;  // of the struct that the kernel reads with arch::shared
   cudaStream_t stream = nullptr;
   unsigned cluster = 1;  // blocks along x that run together and reach each other's shared memory; sm_90
-  bool early = false;    // may start before the grid ahead of it has ended, see arch/grid.cuh; sm_90
+  bool early = false;    // may start before the grid ahead of it has ended: only code that waits, see arch/grid.cuh
 };
 
 // CUDA also keeps an error for whoever asks for the last one: it is taken away, or torch's next launch would report it

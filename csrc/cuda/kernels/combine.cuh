@@ -12,6 +12,7 @@
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/dropped.cuh"
 #include "cuda/kernels/math.cuh"
+#include "cuda/kernels/turn.cuh"
 #include "cuda/kernels/warp.cuh"
 #include "stages/params.h"
 
@@ -33,6 +34,7 @@ using Words = std::conditional_t<sizeof(Values) % 4 == 0, arch::Pack<uint32_t, s
 // A warp takes a piece of one token's y.
 template <class T, int n>
 __global__ void __launch_bounds__(kCombineThreads, 4) combine_kernel(const __grid_constant__ CombineParams p) {
+  take_turn();
   using Values = arch::Pack<T, n>;
   constexpr int accesses = kCombineAccesses<n>, piece = 32 * n * accesses;
   const int64_t pieces = ceil_div(p.hidden, piece);
@@ -109,6 +111,7 @@ __device__ __forceinline__ void clear_dropped(const CombineBackwardParams& p, in
 template <class T, int n, bool rows, bool dot>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_backward_kernel(const __grid_constant__ CombineBackwardParams p) {
+  take_turn();
   using Values = arch::Pack<T, n>;
   constexpr int accesses = kBackwardAccesses;
   const int64_t slots = p.tokens * p.width;

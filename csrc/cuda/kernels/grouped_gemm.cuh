@@ -9,6 +9,7 @@
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/gemm_operands.cuh"
 #include "cuda/kernels/inner_products.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -58,6 +59,7 @@ __global__ __launch_bounds__(Config::value.threads(),
                              Config::value.blocks) void grouped_gemm_kernel(const __grid_constant__ GroupedGemmParams p,
                                                                             const __grid_constant__ TileGrid grid,
                                                                             float* parts) {
+  take_turn();
   constexpr GemmConfig config = Config::value;
   using A = RowTiles<T, Config, direct>;
   using B = WeightTiles<T, Config, k_major, direct>;

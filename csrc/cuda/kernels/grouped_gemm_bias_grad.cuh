@@ -4,6 +4,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/gathered_rows.cuh"
 #include "cuda/kernels/offsets.cuh"
+#include "cuda/kernels/turn.cuh"
 #include "cuda/kernels/values.cuh"
 
 namespace moe {
@@ -61,6 +62,7 @@ __device__ void sum_rows(const BiasGradLaunch& at, int64_t first, int64_t end, i
 template <class T>
 __global__ void __launch_bounds__(kBiasGradThreads, 2)
     grouped_gemm_bias_grad_kernel(const __grid_constant__ BiasGradLaunch at) {
+  take_turn();
   constexpr int kVector = kBiasGradVector<T>, kCols = kBiasGradCols<T>;
   auto& shared = arch::shared<BiasGradShared<T>>();
   const int64_t expert = blockIdx.x / at.col_blocks, col_begin = blockIdx.x % at.col_blocks * kCols;

@@ -9,6 +9,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/few_rows_products.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -54,6 +55,7 @@ MOE_INLINE void add_steps(Arithmetic& products, int64_t begin, int64_t end) {
 template <class T, class W, bool along_k>
 __global__ void __launch_bounds__(kFewRowsThreads, 2)
     grouped_gemm_few_rows_kernel(const __grid_constant__ FewRowsLaunch at) {
+  take_turn();
   using Arithmetic = FewRowsArithmetic<T, W, along_k>;
   constexpr int kCols = Arithmetic::kCols;
   auto& shared = arch::shared<FewRowsShared<T, Arithmetic>>();
@@ -96,6 +98,7 @@ __global__ void __launch_bounds__(kFewRowsThreads, 2)
 template <class T, int cols>
 __global__ void __launch_bounds__(kFewRowsThreads, 4)
     grouped_gemm_few_rows_finish_kernel(const __grid_constant__ FewRowsLaunch at) {
+  take_turn();
   auto& products = arch::shared<Products<kFewRows<T>, cols>>();
   TileWalk walk(at.grid);
   if (!walk.seek(int(blockIdx.x))) return;

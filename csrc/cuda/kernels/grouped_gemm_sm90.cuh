@@ -12,6 +12,7 @@
 #include "cuda/kernels/epilogue_sm90.cuh"
 #include "cuda/kernels/gemm_loads_sm90.cuh"
 #include "cuda/kernels/stage_ring.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -175,6 +176,7 @@ __global__ void __launch_bounds__(HopperTiles::kThreads, 1)
     arch::fence_barrier_init();
   }
   arch::sync_block();  // the barriers are there
+  take_turn();
 
   const int warpgroup = arch::shuffle(int(threadIdx.x) / 128, 0);  // that the compiler sees it is one for the warp
   if (warpgroup == 0) {

@@ -4,6 +4,7 @@
 
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/outer_products.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -54,6 +55,7 @@ __device__ __forceinline__ void store_gradient(const WeightGradLaunch& at, int64
 template <class T, bool tensor_cores>
 __global__ void __launch_bounds__(OuterProducts<T, tensor_cores>::kThreads, OuterProducts<T, tensor_cores>::kBlocks)
     grouped_gemm_weight_grad_kernel(const __grid_constant__ WeightGradLaunch at) {
+  take_turn();
   using Products = OuterProducts<T, tensor_cores>;
   using Loader = RowLoader<T, Products::kThreads>;
   auto& shared = arch::shared<WeightGradShared<T, tensor_cores>>();

@@ -14,6 +14,7 @@
 #include "cuda/kernels/gradient_walk.cuh"
 #include "cuda/kernels/panels.cuh"
 #include "cuda/kernels/stage_ring.cuh"
+#include "cuda/kernels/turn.cuh"
 #include "cuda/kernels/weight_grad_tiles.h"
 
 namespace moe {
@@ -193,6 +194,7 @@ __global__ void __launch_bounds__(WeightGradTiles::kThreads, 1)
     shared.empty[tiles.stages].init(4 * tiles.kConsumers);
     arch::fence_barrier_init();
   }
+  take_turn();
   shared.experts.read(at.p.offsets, at.tiles.experts, at.p.num_rows);  // and behind its barrier the others are there
 
   const int warpgroup = arch::shuffle(int(threadIdx.x) / 128, 0);  // so that the compiler knows it for a warp's

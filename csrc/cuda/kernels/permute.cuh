@@ -10,6 +10,7 @@
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/dropped.cuh"
 #include "cuda/kernels/math.cuh"
+#include "cuda/kernels/turn.cuh"
 #include "stages/params.h"
 
 namespace moe {
@@ -69,6 +70,7 @@ __device__ __forceinline__ void clear_dropped(const PermuteParams& p, int64_t fi
 // A warp takes a piece of one token's row, or the same piece of 32 rows to clear.
 template <class Access>
 __global__ void __launch_bounds__(kPermuteThreads) permute_kernel(const __grid_constant__ PermuteParams p) {
+  take_turn();
   const int64_t pieces = ceil_div(p.row_bytes, PermutePiece<Access>::kBytes);
   const int64_t warp = (int64_t(blockIdx.x) * kPermuteThreads + threadIdx.x) / 32;
   const PermutePiece<Access> piece{warp % pieces * PermutePiece<Access>::kBytes, p.row_bytes};

@@ -11,6 +11,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/counting_sort.cuh"
 #include "cuda/kernels/drop_least.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -26,6 +27,7 @@ struct PlanSteps {
 };
 
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_one_block_kernel(const __grid_constant__ PlanSteps steps) {
+  take_turn();
   auto& shared = arch::shared<PlanShared>();
   for (int pass = steps.sorts_twice ? 0 : 1; pass < 2; ++pass) {
     const CountingSort& sort = pass == 0 ? steps.first : steps.last;
@@ -41,18 +43,21 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_one_block_kernel(const _
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_count_kernel(const __grid_constant__ CountingSort sort) {
+  take_turn();
   const int64_t tile = blockIdx.x, begin = tile * sort.tile_slots;
   count_tile(sort, arch::shared<PlanShared>(), begin, min(begin + sort.tile_slots, int64_t(sort.slots)),
              sort.tile_counts + tile * sort.num_experts);
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const __grid_constant__ CountingSort sort) {
+  take_turn();
   const int64_t tile = blockIdx.x, begin = tile * sort.tile_slots;
   place_tile(sort, arch::shared<PlanShared>(), tile, begin, min(begin + sort.tile_slots, int64_t(sort.slots)));
 }
 
 // A block takes one expert.
 __global__ void __launch_bounds__(kPlanThreads) plan_drop_kernel(const __grid_constant__ DropLeast drop) {
+  take_turn();
   drop_least(drop, arch::shared<PlanShared>(), {.first_warp = 0, .warps = kPlanWarps}, int32_t(blockIdx.x));
 }
 
@@ -63,6 +68,7 @@ struct PlanScanShared {
 // A block takes 32 experts, a warp of it some consecutive tiles, whose counts it keeps in registers.
 __global__ void __launch_bounds__(kPlanScanWarps * 32)
     plan_scan_kernel(const __grid_constant__ CountingSort sort, int tiles) {
+  take_turn();
   constexpr int mine = kPlanMaxTiles / kPlanScanWarps;
   auto& shared = arch::shared<PlanScanShared>();
   const int lane = arch::lane_id(), warp = int(threadIdx.x / 32);

@@ -5,6 +5,7 @@
 #include "cuda/kernels/groups.cuh"
 #include "cuda/kernels/route_statistics.cuh"
 #include "cuda/kernels/scores.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -99,6 +100,7 @@ struct ProbabilitySums {
 template <int kQuads, bool statistics>
 __global__ void __launch_bounds__(kRouteThreads, blocks_per_processor(kQuads))
     route_short_kernel(const __grid_constant__ RouteLaunch at) {
+  take_turn();
   constexpr int kValues = 4 * kQuads;
   const RouteParams& p = at.p;
   const Score score = p.options.score;

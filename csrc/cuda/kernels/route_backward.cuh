@@ -10,6 +10,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/kernels/route_statistics.cuh"
 #include "cuda/kernels/scores.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -209,6 +210,7 @@ struct RouterBackward {
 template <int kQuads>
 __global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads))
     route_backward_short_kernel(const __grid_constant__ RouteBackwardLaunch at) {
+  take_turn();
   const RouteBackwardParams& p = at.p;
   const LaneTeam team(at.lanes);
   const int own_team = int(threadIdx.x) / at.lanes;
@@ -229,6 +231,7 @@ __global__ void __launch_bounds__(kBackwardThreads, blocks_per_processor(kQuads)
 
 __global__ void __launch_bounds__(kLongBackwardThreads)
     route_backward_long_kernel(const __grid_constant__ RouteBackwardLaunch at) {
+  take_turn();
   const RouteBackwardParams& p = at.p;
   auto& shared = arch::shared<LongRouteBackwardShared>();
   const BlockTeam team(shared.team);

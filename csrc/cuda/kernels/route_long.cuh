@@ -4,6 +4,7 @@
 
 #include "cuda/kernels/route.cuh"
 #include "cuda/kernels/select.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -77,6 +78,7 @@ __device__ void add_statistics(const RouteLaunch& at, const Team& team, const Lo
 }
 
 __global__ void __launch_bounds__(kLongThreads) route_long_kernel(const __grid_constant__ LongRouteLaunch launch) {
+  take_turn();
   const RouteLaunch& at = launch.at;
   const RouteParams& p = at.p;
   auto& shared = arch::shared<LongRouteShared>();

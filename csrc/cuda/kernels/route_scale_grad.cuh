@@ -5,6 +5,7 @@
 #include "cuda/arch/launch.cuh"
 #include "cuda/arch/warp.cuh"
 #include "cuda/kernels/math.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -26,6 +27,7 @@ struct ScaleGradShared {
 // Block b: the chunk b / experts in blocks.
 __global__ void __launch_bounds__(kScaleGradThreads)
     scale_grad_of_chunks_kernel(const __grid_constant__ ScaleGradLaunch p) {
+  take_turn();
   auto& shared = arch::shared<ScaleGradShared>();
   const int64_t expert_blocks = ceil_div(p.experts, kScaleGradThreads);
   const int64_t chunk = blockIdx.x / expert_blocks;
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(kScaleGradThreads)
 }
 
 __global__ void __launch_bounds__(kScaleGradThreads) scale_grad_kernel(const __grid_constant__ ScaleGradLaunch p) {
+  take_turn();
   const int64_t expert = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (expert >= p.experts) return;
   double sum = 0;

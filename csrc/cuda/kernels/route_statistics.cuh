@@ -5,6 +5,7 @@
 
 #include "cuda/arch/atomic.cuh"
 #include "cuda/kernels/rank.cuh"
+#include "cuda/kernels/turn.cuh"
 #include "stages/params.h"
 
 namespace moe {
@@ -39,6 +40,7 @@ struct CountSegments {
 };
 
 __global__ void __launch_bounds__(kStatisticsThreads) count_segments_kernel(const __grid_constant__ CountSegments p) {
+  take_turn();
   const int64_t token = int64_t(blockIdx.x) * kStatisticsThreads + threadIdx.x;
   const int32_t segment = token < p.tokens ? p.segments[token] : -1;
   const uint32_t same = arch::match(segment);
@@ -55,6 +57,7 @@ struct FinishStatistics {
 
 __global__ void __launch_bounds__(kStatisticsThreads)
     finish_statistics_kernel(const __grid_constant__ FinishStatistics p) {
+  take_turn();
   const int64_t cell = int64_t(blockIdx.x) * kStatisticsThreads + threadIdx.x;
   if (cell >= p.cells) return;
 

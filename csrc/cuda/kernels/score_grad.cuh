@@ -5,6 +5,7 @@
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/gathered_rows.cuh"
 #include "cuda/kernels/tile_walk.cuh"
+#include "cuda/kernels/turn.cuh"
 
 namespace moe {
 
@@ -30,6 +31,7 @@ template <class T>
 __global__ __launch_bounds__(kScoreGradThreads, 8) void score_grad_kernel(const __grid_constant__ GroupedGemmParams p,
                                                                           const __grid_constant__ TileGrid grid,
                                                                           const float* parts, int col_tiles) {
+  take_turn();
   const int64_t slots = p.a.num_rows * p.a.width;
   const Lanes lanes{};
   TileWalk walk(grid);

@@ -29,7 +29,10 @@ void combine(const CombineParams& p, const Device& device) {
       [&](auto type, auto wide) {
         using T = decltype(type)::type;
         constexpr int n = kElements<T, wide>;
-        launch({.grid = unsigned(combine_blocks<T, n>(p)), .block = kCombineThreads, .stream = device.stream()},
+        launch({.grid = unsigned(combine_blocks<T, n>(p)),
+                .block = kCombineThreads,
+                .stream = device.stream(),
+                .early = device.starts_early()},
                combine_kernel<T, n>, p);
       },
       type, wide({p.rows, p.y}, p.hidden));
@@ -40,7 +43,10 @@ void combine_backward(const CombineBackwardParams& p, const Device& device) {
       [&](auto type, auto wide, auto rows, auto dot) {
         using T = decltype(type)::type;
         if constexpr (rows || dot)
-          launch({.grid = unsigned(combine_backward_blocks(p)), .block = kCombineThreads, .stream = device.stream()},
+          launch({.grid = unsigned(combine_backward_blocks(p)),
+                  .block = kCombineThreads,
+                  .stream = device.stream(),
+                  .early = device.starts_early()},
                  combine_backward_kernel<T, kElements<T, wide>, rows, dot>, p);
       },
       float_type(p.grad_y.dtype, "combine_backward"), wide({p.grad_y, p.rows, p.grad_rows}, p.hidden),

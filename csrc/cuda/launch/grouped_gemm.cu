@@ -25,7 +25,8 @@ void start(const GroupedGemmParams& p, const TileGrid& grid, float* parts, const
   launch({.grid = unsigned(blocks),
           .block = unsigned(config.threads()),
           .shared_bytes = sizeof(Shared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          grouped_gemm_kernel<T, Config, k_major, direct>, p, grid, parts);
 }
 
@@ -70,7 +71,10 @@ void sum_score_gradients(const GroupedGemmParams& p, const float* parts, int64_t
   const int blocks = std::min(grid.most_tiles(), device.processors() * 16);
   std::visit(
       [&](auto type) {
-        launch({.grid = unsigned(blocks), .block = kScoreGradThreads, .stream = device.stream()},
+        launch({.grid = unsigned(blocks),
+                .block = kScoreGradThreads,
+                .stream = device.stream(),
+                .early = device.starts_early()},
                score_grad_kernel<typename decltype(type)::type>, p, grid, parts, int(col_tiles));
       },
       float_type(p.a.rows.dtype, "grouped_gemm"));

@@ -15,7 +15,8 @@ void grouped_gemm_bias_grad(const BiasGradParams& p, const Device& device) {
         launch({.grid = unsigned(p.num_experts * col_blocks),
                 .block = kBiasGradThreads,
                 .shared_bytes = sizeof(BiasGradShared<T>),
-                .stream = device.stream()},
+                .stream = device.stream(),
+                .early = device.starts_early()},
                grouped_gemm_bias_grad_kernel<T>,
                BiasGradLaunch{.p = p, .col_blocks = col_blocks, .aligned = has_aligned_rows(p.grad.rows)});
       },

@@ -26,13 +26,15 @@ void start(const GroupedGemmParams& p, const Device& device) {
   launch({.grid = unsigned(tiles * at.splits),
           .block = kFewRowsThreads,
           .shared_bytes = sizeof(FewRowsShared<T, Arithmetic>),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          grouped_gemm_few_rows_kernel<T, W, along_k>, at);
   if (at.splits > 1)
     launch({.grid = unsigned(tiles),
             .block = kFewRowsThreads,
             .shared_bytes = sizeof(Products<kFewRows<T>, kCols>),
-            .stream = device.stream()},
+            .stream = device.stream(),
+            .early = device.starts_early()},
            grouped_gemm_few_rows_finish_kernel<T, kCols>, at);
   if (p.grad_score) sum_score_gradients(p, at.score_parts, at.grid.col_tiles(), device);
 }

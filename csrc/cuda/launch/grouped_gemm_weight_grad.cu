@@ -17,7 +17,8 @@ void start(const WeightGradLaunch& at, const Device& device) {
   launch({.grid = unsigned(at.p.num_experts * at.n_tiles * at.k_tiles),
           .block = unsigned(OuterProducts<T, tensor_cores>::kThreads),
           .shared_bytes = sizeof(Shared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          grouped_gemm_weight_grad_kernel<T, tensor_cores>, at);
 }
 

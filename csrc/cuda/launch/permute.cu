@@ -13,7 +13,10 @@ void permute(const PermuteParams& p, const Device& device) {
   std::visit(
       [&](auto bytes) {
         using Access = Bytes<bytes>;
-        launch({.grid = unsigned(permute_blocks<Access>(p)), .block = kPermuteThreads, .stream = device.stream()},
+        launch({.grid = unsigned(permute_blocks<Access>(p)),
+                .block = kPermuteThreads,
+                .stream = device.stream(),
+                .early = device.starts_early()},
                permute_kernel<Access>, p);
       },
       at_least<1, 2, 4, 8, 16>(widest));

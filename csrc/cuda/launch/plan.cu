@@ -61,13 +61,17 @@ PlanSteps steps_of(const PlanParams& p, const Device& device) {
 
 void run(const CountingSort& sort, const Device& device) {
   const int64_t tiles = ceil_div(sort.slots, sort.tile_slots);
-  const Launch per_tile{
-      .grid = unsigned(tiles), .block = kPlanThreads, .shared_bytes = sizeof(PlanShared), .stream = device.stream()};
+  const Launch per_tile{.grid = unsigned(tiles),
+                        .block = kPlanThreads,
+                        .shared_bytes = sizeof(PlanShared),
+                        .stream = device.stream(),
+                        .early = device.starts_early()};
   launch(per_tile, plan_count_kernel, sort);
   launch({.grid = unsigned(ceil_div(sort.num_experts, 32)),
           .block = kPlanScanWarps * 32,
           .shared_bytes = sizeof(PlanScanShared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          plan_scan_kernel, sort, int(tiles));
   launch(per_tile, plan_place_kernel, sort);
 }
@@ -78,7 +82,11 @@ void plan(const PlanParams& p, const Device& device) {
   PlanSteps steps = steps_of(p, device);
   const int64_t slots = steps.last.slots;
   if (slots <= kPlanOneBlockSlots) {
-    launch({.grid = 1, .block = kPlanThreads, .shared_bytes = sizeof(PlanShared), .stream = device.stream()},
+    launch({.grid = 1,
+            .block = kPlanThreads,
+            .shared_bytes = sizeof(PlanShared),
+            .stream = device.stream(),
+            .early = device.starts_early()},
            plan_one_block_kernel, steps);
     return;
   }
@@ -93,7 +101,8 @@ void plan(const PlanParams& p, const Device& device) {
     launch({.grid = unsigned(p.num_experts),
             .block = kPlanThreads,
             .shared_bytes = sizeof(PlanShared),
-            .stream = device.stream()},
+            .stream = device.stream(),
+            .early = device.starts_early()},
            plan_drop_kernel, steps.drop);
   run(steps.last, device);
 }

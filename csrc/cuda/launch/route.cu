@@ -33,10 +33,12 @@ Lanes lanes_for(int64_t experts) {
 // counts [S], zeros before, += the tokens of each segment.
 void count_tokens(const int32_t* segments, int64_t tokens, int64_t num_segments, int32_t* counts,
                   const Device& device) {
-  launch(
-      {.grid = unsigned(ceil_div(tokens, kStatisticsThreads)), .block = kStatisticsThreads, .stream = device.stream()},
-      count_segments_kernel,
-      CountSegments{.segments = segments, .tokens = tokens, .num_segments = num_segments, .counts = counts});
+  launch({.grid = unsigned(ceil_div(tokens, kStatisticsThreads)),
+          .block = kStatisticsThreads,
+          .stream = device.stream(),
+          .early = device.starts_early()},
+         count_segments_kernel,
+         CountSegments{.segments = segments, .tokens = tokens, .num_segments = num_segments, .counts = counts});
 }
 
 // Where no bias and no group made the choice, the largest of all experts are chosen, and a renormalised softmax needs
@@ -70,7 +72,8 @@ void launch_short(RouteLaunch at, const Device& device) {
         launch({.grid = unsigned(ceil_div(at.p.tokens, tokens_of_block)),
                 .block = kRouteThreads,
                 .shared_bytes = at.p.num_groups > 1 ? sizeof(RouteShared<quads>) : 0,
-                .stream = device.stream()},
+                .stream = device.stream(),
+                .early = device.starts_early()},
                route_short_kernel<quads, statistics>, at);
       },
       lanes.quads, flag(at.statistics.counts));
@@ -88,7 +91,8 @@ void launch_long(const RouteLaunch& at, const Device& device) {
   launch({.grid = unsigned(blocks),
           .block = kLongThreads,
           .shared_bytes = sizeof(LongRouteShared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          route_long_kernel, args);
 }
 
@@ -119,7 +123,8 @@ void launch_backward_short(RouteBackwardLaunch at, const Lanes& lanes, const Dev
         launch({.grid = unsigned(ceil_div(at.p.tokens, kBackwardThreads / at.lanes)),
                 .block = kBackwardThreads,
                 .shared_bytes = sizeof(RouteBackwardShared<quads>),
-                .stream = device.stream()},
+                .stream = device.stream(),
+                .early = device.starts_early()},
                route_backward_short_kernel<quads>, at);
       },
       lanes.quads);
@@ -136,7 +141,8 @@ void launch_backward_long(RouteBackwardLaunch at, const Device& device) {
   launch({.grid = unsigned(blocks),
           .block = kLongBackwardThreads,
           .shared_bytes = sizeof(LongRouteBackwardShared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          route_backward_long_kernel, at);
 }
 
@@ -157,10 +163,14 @@ void sum_scale_terms(const RouteBackwardParams& p, const double* terms, const De
   launch({.grid = unsigned(expert_blocks * chunks),
           .block = kScaleGradThreads,
           .shared_bytes = sizeof(ScaleGradShared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          scale_grad_of_chunks_kernel, at);
-  launch({.grid = unsigned(expert_blocks), .block = kScaleGradThreads, .stream = device.stream()}, scale_grad_kernel,
-         at);
+  launch({.grid = unsigned(expert_blocks),
+          .block = kScaleGradThreads,
+          .stream = device.stream(),
+          .early = device.starts_early()},
+         scale_grad_kernel, at);
 }
 
 }  // namespace
@@ -176,15 +186,17 @@ void route(const RouteParams& p, const Device& device) {
   if (!p.counts) return;
 
   const int64_t cells = p.num_segments * p.experts;
-  launch(
-      {.grid = unsigned(ceil_div(cells, kStatisticsThreads)), .block = kStatisticsThreads, .stream = device.stream()},
-      finish_statistics_kernel,
-      FinishStatistics{.sums = at.statistics,
-                       .tokens = p.tokens,
-                       .experts = p.experts,
-                       .cells = cells,
-                       .counts = p.counts,
-                       .mean_prob = static_cast<float*>(p.mean_prob)});
+  launch({.grid = unsigned(ceil_div(cells, kStatisticsThreads)),
+          .block = kStatisticsThreads,
+          .stream = device.stream(),
+          .early = device.starts_early()},
+         finish_statistics_kernel,
+         FinishStatistics{.sums = at.statistics,
+                          .tokens = p.tokens,
+                          .experts = p.experts,
+                          .cells = cells,
+                          .counts = p.counts,
+                          .mean_prob = static_cast<float*>(p.mean_prob)});
 }
 
 void route_backward(const RouteBackwardParams& p, const Device& device) {

@@ -33,6 +33,7 @@ struct Thread {
   BulkStores stores;
   unsigned registers = 0;
   bool registers_set = false;
+  bool has_waited = false;                // for the grid ahead
   std::optional<uint64_t> cluster_phase;  // in which it has arrived
 
   // Where it last waited, and for which lanes of its warp.
@@ -53,6 +54,13 @@ struct Lanes {
   Args& operator[](unsigned lane) const { return *static_cast<Args*>(of[lane]); }
 };
 
+// Of a grid between those ahead of it and behind it in the stream.
+struct GridOrder {
+  bool early;                  // may begin before the grid ahead has ended
+  bool previous_ended = true;  // and may be waited for
+  bool next_begins = false;    // until it has, blocks that let it start stand still
+};
+
 class Cluster;
 
 inline std::string show(uint3 v) {
@@ -71,8 +79,10 @@ class Block {
   void run();
   bool finished() const { return returned_ == threads_.size(); }
   bool progressed() const { return progressed_; }  // in the last run
-  bool can_go_on() const { return !ready_.empty(); }
+  bool can_go_on() const { return !ready_.empty() && !stands_still(); }
   bool spins() const { return !spinning_.empty(); }
+  bool waits_for_grids() const { return stands_still() || !waiting_for_grid_.empty(); }
+  bool next_grid_may_start() const { return next_may_start_ || finished(); }
   std::string waiting() const;  // who waits where, for a message
 
   // For the thread that runs.
@@ -90,6 +100,9 @@ class Block {
   void pass_turn(const char* instruction, Where where);                    // others may come first
   void grow_registers(unsigned count, Where where);
   void shrink_registers(unsigned count, Where where);
+  void wait_for_previous_grid(Where where);
+  void let_next_grid_start(Where where);
+  void previous_grid_has_ended() { wake(waiting_for_grid_); }
 
   // What happens beside the threads: at some time, at the latest when no thread can go on without it.
   void later(const char* what, std::function<void()> event) { events_.push_back({what, std::move(event)}); }
@@ -132,6 +145,7 @@ class Block {
   void let_happen();
   void expect_nothing_open();
   void count(unsigned barrier, unsigned threads, Where where);
+  bool stands_still() const;
   void give_turn(bool ends = false);
   Thread& in_warp(unsigned lane) { return threads_[running_->number / 32 * 32 + lane]; }
 
@@ -142,7 +156,7 @@ class Block {
   std::map<int64_t, MBarrier> mbarriers_;  // by their place in shared memory
   std::vector<Event> events_;
   std::vector<Wgmmas> wgmmas_;  // of each warp
-  ThreadSet waiting_for_registers_;
+  ThreadSet waiting_for_registers_, waiting_for_grid_;
   unsigned free_registers_ = 0;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
@@ -156,6 +170,7 @@ class Block {
   Thread* running_ = nullptr;
   size_t returned_ = 0;
   bool progressed_ = false;
+  bool next_may_start_ = false;
   std::exception_ptr error_;
 };
 

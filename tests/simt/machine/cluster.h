@@ -7,11 +7,14 @@ namespace simt {
 
 class Cluster {
  public:
+  explicit Cluster(const GridOrder& order) : order_(order) {}
+
   void add(std::unique_ptr<Block> block) { blocks_.push_back(std::move(block)); }
   unsigned size() const { return unsigned(blocks_.size()); }
   Block& block(unsigned rank) { return *blocks_[rank]; }
+  const GridOrder& order() const { return order_; }
 
-  // Runs the blocks until none can go on: all have finished, or those left only spin.
+  // Runs the blocks until none can go on: all have finished, or those left only spin or wait for another grid.
   void run(Random& random) {
     progressed_ = false;
     for (bool again = true; again && !finished();) {
@@ -29,14 +32,20 @@ class Cluster {
       }
       for (const auto& block : blocks_) again |= block->can_go_on();  // woken by one that came later
     }
-    if (!finished() && !spins()) {
+    if (!finished() && !any([](const Block& block) { return block.spins() || block.waits_for_grids(); })) {
       Block& block = first_unfinished();
       throw Error("deadlock in block " + show(block.index()) + ": " + block.waiting());
     }
   }
   bool progressed() const { return progressed_; }  // in the last run
   bool finished() const {
-    return std::all_of(blocks_.begin(), blocks_.end(), [](const auto& block) { return block->finished(); });
+    return !any([](const Block& block) { return !block.finished(); });
+  }
+  bool next_grid_may_start() const {
+    return !any([](const Block& block) { return !block.next_grid_may_start(); });
+  }
+  void previous_grid_has_ended() {
+    for (const auto& block : blocks_) block->previous_grid_has_ended();
   }
   Block& first_unfinished() {
     return **std::find_if(blocks_.begin(), blocks_.end(), [](const auto& block) { return !block->finished(); });
@@ -69,10 +78,12 @@ class Cluster {
   }
 
  private:
-  bool spins() const {
-    return std::any_of(blocks_.begin(), blocks_.end(), [](const auto& block) { return block->spins(); });
+  template <class Is>
+  bool any(const Is& is) const {
+    return std::any_of(blocks_.begin(), blocks_.end(), [&](const auto& block) { return is(*block); });
   }
 
+  const GridOrder& order_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::array<ThreadSet, 16> waiting_;  // of each block
   size_t arrived_ = 0;

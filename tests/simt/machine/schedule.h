@@ -12,7 +12,8 @@ inline std::string hex(uint32_t lanes) {
 }
 
 inline void fail(const std::string& what, Where where) {
-  std::string text = what + " at " + show(where);
+  std::string text = what;
+  if (where.line() > 0) text += " at " + show(where);
   if (Block* block = Block::current)
     text += ", block " + show(block->index()) + ", thread " + show(block->thread().index);
   throw Error(text);
@@ -93,6 +94,11 @@ inline void Block::run() {
 
 inline void Block::expect_nothing_open() {
   const Where where = running_->where;
+  if (cluster_.order().early && !running_->has_waited)
+    fail(
+        "a thread of a grid that started early ends without wait_for_previous_grid: the grid behind it would not wait "
+        "for the one ahead",
+        where);
   if (running_->stores.reads_shared()) fail("a thread ends whose tma_store may still read shared memory", where);
   running_->stores.wait(0, where);
   if (wgmmas_[running_->number / 32].busy()) fail("a thread ends before wgmma_wait", where);
@@ -117,6 +123,7 @@ inline void Block::let_happen() {
 
 // Takes one of the ready threads and puts its index where the kernel reads it.
 inline Thread* Block::draw() {
+  if (stands_still()) return nullptr;
   while (!error_ && !events_.empty() && (ready_.empty() || random_.below(32) == 0)) let_happen();
   if (error_ || ready_.empty()) return nullptr;
   if (cluster_.size() > 1 && random_.below(64) == 0) {  // a block of the cluster may come in between
@@ -237,6 +244,19 @@ inline void Block::shrink_registers(unsigned count, Where where) {
   self.registers_set = true;
   wake(waiting_for_registers_);
 }
+
+inline void Block::wait_for_previous_grid(Where where) {
+  running_->has_waited = true;
+  while (!cluster_.order().previous_ended) wait_in(waiting_for_grid_, "wait_for_previous_grid", where);
+}
+
+// Whoever is first speaks for the block.
+inline void Block::let_next_grid_start(Where where) {
+  next_may_start_ = true;
+  pass_turn("let_next_grid_start", where);
+}
+
+inline bool Block::stands_still() const { return next_may_start_ && cluster_.order().next_begins; }
 
 inline void Block::spin(Where where) {
   wait_at("wait_until", 0, where);

@@ -172,6 +172,7 @@ void run(Kernel kernel) {
   auto* out = static_cast<float*>(device.scratch(kThreads * 4));
   for (int i = 0; i < kThreads; ++i) in[i] = float(i);
   launch({.grid = dim3(1), .block = dim3(kThreads), .shared_bytes = sizeof(FloatsShared)}, kernel, in, out);
+  check(cudaStreamSynchronize(nullptr));
   for (int i = 0; i < kThreads; ++i)
     if (out[i] != float((i + 1) % kThreads))
       throw std::runtime_error("wrong: out[" + std::to_string(i) + "] is " + std::to_string(out[i]));
@@ -215,6 +216,7 @@ void run_swizzle(void (*kernel)(const __nv_bfloat16*, const __nv_bfloat16*, floa
   auto* d = static_cast<float*>(device.scratch(16 * 8 * 4));
   for (int i = 0; i < 16 * 64; ++i) a[i] = float(i % 7 - 3), b[i] = float(i % 5 - 2);
   launch({.grid = dim3(1), .block = dim3(32), .shared_bytes = sizeof(SwizzledShared)}, kernel, a, b, d);
+  check(cudaStreamSynchronize(nullptr));
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8; ++j) {
       float sum = 0;
@@ -240,6 +242,7 @@ __global__ void unordered_sum(float* sum) {
 void run_sum(void (*kernel)(float*)) {
   float sum = 0;
   launch({.grid = dim3(1000), .block = dim3(32)}, kernel, &sum);
+  check(cudaStreamSynchronize(nullptr));
   std::printf("%a\n", double(sum));
 }
 

@@ -187,6 +187,7 @@ void run(void (*kernel)(Params)) {
                       .b_rows = b,
                       .out = out};
   launch({.grid = dim3(1), .block = dim3(160), .shared_bytes = sizeof(Shared)}, kernel, params);
+  check(cudaStreamSynchronize(nullptr));
   for (int i = 0; i < 64 * 64; ++i) {
     float sum = 0;
     for (int k = 0; k < 64 * kSteps; ++k)
@@ -265,6 +266,7 @@ void run_small(void (*kernel)(int*), unsigned blocks, unsigned threads) {
   auto* out = static_cast<int*>(device.scratch(4 * 4));
   launch({.grid = dim3(blocks), .block = dim3(threads), .shared_bytes = sizeof(NumberShared), .cluster = blocks},
          kernel, out);
+  check(cudaStreamSynchronize(nullptr));
   for (int i = 0; i < 4; ++i)
     if (out[i] != i) throw std::runtime_error("wrong: out[" + std::to_string(i) + "]");
   std::puts("right");

@@ -64,6 +64,7 @@ bool check_multiply(const char* what, int k) {
   const auto a = whole_numbers<T>(16 * k), b = whole_numbers<T>(8 * k);
   std::vector<float> d(16 * 8);
   launch({.grid = dim3(1), .block = dim3(32)}, multiply<T>, a.data(), b.data(), d.data());
+  check(cudaStreamSynchronize(nullptr));
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 8; ++j) {
       float sum = 0;
@@ -94,6 +95,7 @@ bool check_load_matrix(const char* what) {
   std::vector<uint32_t> out(32 * 4);
   launch({.grid = dim3(1), .block = dim3(32), .shared_bytes = sizeof(MatrixShared)}, load_matrix<transposed>,
          out.data());
+  check(cudaStreamSynchronize(nullptr));
   for (int m = 0; m < 4; ++m)
     for (int row = 0; row < 8; ++row)
       for (int column = 0; column < 8; ++column) {
@@ -128,6 +130,7 @@ __global__ void talk(Answers* out) {
 bool check_talk() {
   std::vector<Answers> out(32);
   launch({.grid = dim3(1), .block = dim3(32)}, talk, out.data());
+  check(cudaStreamSynchronize(nullptr));
   std::string wrong;
   for (int lane = 0; lane < 32; ++lane) {
     const auto square = [](int lane) { return float(lane * lane); };
@@ -177,6 +180,7 @@ __global__ void find_extremes(Extremes* out) {
 bool check_reduce() {
   std::vector<Extremes> out(32);
   launch({.grid = dim3(1), .block = dim3(32)}, find_extremes, out.data());
+  check(cudaStreamSynchronize(nullptr));
   std::string wrong;
   for (int lane = 0; lane < 32; ++lane) {
     int32_t max = -100, min = 100;
@@ -208,6 +212,7 @@ bool check_atomics() {
   Totals totals;
   std::vector<int32_t> tickets(count);
   launch({.grid = dim3(3), .block = dim3(16)}, add_up, &totals, tickets.data());
+  check(cudaStreamSynchronize(nullptr));
   std::sort(tickets.begin(), tickets.end());
   bool right = totals.tickets == 5 + count && totals.sum == 100 - count * (count - 1) / 2 &&
                totals.wide == 0xfffffff0 + (uint64_t(count) << 40) && totals.bits == (uint64_t(1) << count) - 1;
@@ -238,6 +243,7 @@ bool check_copy_parts() {
     std::vector<unsigned char> out(16 * threads);
     launch({.grid = dim3(1), .block = dim3(unsigned(threads)), .shared_bytes = sizeof(BytesShared)}, copy_parts, in,
            out.data());
+    check(cudaStreamSynchronize(nullptr));
     for (int i = 0; i < 16 * threads; ++i)
       if (out[i] != (i % 16 < i / 16 ? i % 251 + 1 : 0))
         return report("copy_async_16 of a part", "wrong at byte " + std::to_string(i));
@@ -264,6 +270,7 @@ __global__ void hand_over(int* out) {
 bool check_named_barriers() {
   std::vector<int> out(10 * 64);
   launch({.grid = dim3(1), .block = dim3(128), .shared_bytes = sizeof(PlaceShared)}, hand_over, out.data());
+  check(cudaStreamSynchronize(nullptr));
   bool right = true;
   for (int i = 0; i < 640; ++i) right &= out[i] == i / 64 * (i / 64);
   return report("named barriers", right ? "" : "wrong");
@@ -282,6 +289,7 @@ bool check_waiting_blocks() {
   std::vector<int> order(20);
   int turn = 0;
   launch({.grid = dim3(20), .block = dim3(64)}, in_turn, &turn, order.data());
+  check(cudaStreamSynchronize(nullptr));
   bool right = turn == 20;
   for (int i = 0; i < 20; ++i) right &= order[i] == i;
   return report("blocks that wait", right ? "" : "wrong");

@@ -61,7 +61,8 @@ void start(const GroupedGemmParams& p, const Device& device) {
   launch({.grid = unsigned(std::min(at.grid.most_tiles(), device.processors())),
           .block = unsigned(tiles.kThreads),
           .shared_bytes = sizeof(Shared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          grouped_gemm_sm90_kernel<T, Config, k_major>, at);
   if (p.grad_score) sum_score_gradients(p, at.parts, col_tiles, device);
 }

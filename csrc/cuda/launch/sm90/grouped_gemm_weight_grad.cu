@@ -58,7 +58,8 @@ void start(const WeightGradParams& p, const Device& device) {
   launch({.grid = unsigned(std::min(at.tiles.count(), device.processors())),
           .block = unsigned(tiles.kThreads),
           .shared_bytes = sizeof(Shared),
-          .stream = device.stream()},
+          .stream = device.stream(),
+          .early = device.starts_early()},
          grouped_gemm_weight_grad_sm90_kernel<T, Config>, at);
 }
 

@@ -32,17 +32,18 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
     std::tuple<Params...> params;
   };
   const Call call{kernel, std::tuple<Params...>(Params(args)...)};
-  simt::run_grid({.grid = at.grid,
-                  .block = at.block,
-                  .shared_bytes = at.shared_bytes,
-                  .cluster = at.cluster,
-                  .body =
-                      [](const void* of) {
-                        const auto& call = *static_cast<const Call*>(of);
-                        std::apply(call.kernel, call.params);
-                      },
-                  .arguments = &call},
-                 reinterpret_cast<const void*>(kernel));
+  simt::launch_grid({.grid = at.grid,
+                     .block = at.block,
+                     .shared_bytes = at.shared_bytes,
+                     .cluster = at.cluster,
+                     .early = at.early,
+                     .body =
+                         [](const void* of) {
+                           const auto& call = *static_cast<const Call*>(of);
+                           std::apply(call.kernel, call.params);
+                         },
+                     .arguments = std::make_shared<const Call>(call),
+                     .kernel = reinterpret_cast<const void*>(kernel)});
 }
 
 namespace arch {
