@@ -85,6 +85,17 @@ def test_this_machine_has_roofs():
     assert (higher.read, higher.copy) == (1e15, measured.copy)
 
 
+def test_more_bytes_in_order_take_longer():
+    from moe_ops import _C
+    from timing import interleave
+
+    small = _C.InOrder(read=1 << 20, written=1 << 18)
+    for large in (_C.InOrder(read=1 << 26, written=1 << 18), _C.InOrder(read=1 << 20, written=1 << 26)):
+        passes = {"small": lambda _: small.run(), "large": lambda _, large=large: large.run()}
+        timings = interleave(passes, budget_s=0.3)
+        assert timings["large"].median_s > 4 * timings["small"].median_s
+
+
 def test_median_and_spread():
     from timing import summarize
 
