@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+import device
 from report import Report, Variant, relative_error
 from roofline import Work
 from shapes import Shape
@@ -71,6 +72,19 @@ def exact_results(forward: Callable[..., Tensor], operands: Operands, grad: Tens
     return run(0)
 
 
+def bytes_in_order(works: Sequence[Work], sets: int) -> Callable[[int], None]:
+    """Passes over memory that read and write as many bytes as each of `works`, in order, and compute nothing."""
+    from moe_ops import _C
+
+    passes = [[_C.InOrder(int(work.read), int(work.written)) for work in works] for _ in range(sets)]
+
+    def run(i: int) -> None:
+        for each in passes[i]:
+            each.run()
+
+    return run
+
+
 def time_both_passes(
     report: Report,
     name: str,
@@ -83,10 +97,15 @@ def time_both_passes(
     exact: Callable[..., Tensor],
     work: Work,
     backward_work: Work,
+    bound_by_memory: bool = False,
     missing: dict[str, str] | None = None,
 ) -> None:
-    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64."""
+    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64. What is bound
+    by memory stands beside passes over the same bytes in order: the bandwidth of a shared machine moves within a run.
+    """
     for train in (False, True):
+        works = [work, backward_work] if train else [work]
+        total = sum(works, Work())
         require_gradients(sets, train)
         expected = exact_results(exact, sets[0], grad, train)
         table = []
@@ -100,6 +119,8 @@ def time_both_passes(
             def check(results: Results, expected: Results = expected) -> float:
                 return relative_error(results, expected)
 
-            table.append(Variant(variant, run, check, work + backward_work if train else work))
+            table.append(Variant(variant, run, check, total))
+        if bound_by_memory and not device.on_cuda():
+            table.append(Variant("same bytes in order", bytes_in_order(works, len(sets)), lambda _: 0.0, total))
         title = f"{name} forward+backward" if train else f"{name} forward"
         report.table(title, shape, dtype, table, sets=len(sets), missing=missing)

@@ -85,6 +85,24 @@ def test_this_machine_has_roofs():
     assert (higher.read, higher.copy) == (1e15, measured.copy)
 
 
+def test_more_bytes_in_order_take_longer():
+    from device import wall_time
+    from moe_ops import _C
+
+    def shortest(read, written):
+        work = _C.InOrder(read=read, written=written)
+        return min(wall_time(work.run) for _ in range(10))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other longer than they move bytes
+    try:
+        small = shortest(1 << 20, 1 << 18)
+        assert shortest(1 << 26, 1 << 18) > 4 * small
+        assert shortest(1 << 20, 1 << 26) > 4 * small
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_median_and_spread():
     from timing import summarize
 

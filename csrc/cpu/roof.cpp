@@ -53,14 +53,14 @@ double median_rate(int64_t bytes, double seconds, const F& move) {
   return *middle;
 }
 
-struct Free {
-  void operator()(float* buffer) const { ::operator delete[](buffer, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer touched_buffer(int64_t bytes) {
+Buffer new_buffer(int64_t bytes) {
   Buffer buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
   Device::allocated(buffer.get(), bytes);
+  return buffer;
+}
+
+Buffer touched_buffer(int64_t bytes) {
+  Buffer buffer = new_buffer(bytes);
   std::memset(buffer.get(), 1, bytes);
   return buffer;
 }
@@ -99,12 +99,24 @@ Bandwidth peak_bandwidth(int64_t bytes, double seconds) {
                       }));
     return best;
   });
-  peak.copy =
-      2 * sum_over_threads([&](int64_t) {
-        const Buffer from = touched_buffer(share), to = touched_buffer(share);
-        return median_rate(share, seconds, [&](int64_t i) { kernels().roof_copy(&to[i], &from[i], kPieceBytes); });
-      });
+  peak.copy = 2 * sum_over_threads([&](int64_t) {
+                const Buffer from = touched_buffer(share), to = touched_buffer(share);
+                return median_rate(share, seconds,
+                                   [&](int64_t i) { kernels().roof_move(&to[i], kPieceBytes, &from[i], kPieceBytes); });
+              });
   return peak;
+}
+
+InOrder::InOrder(int64_t read, int64_t written) : read_(read), written_(written), from_(touched_buffer(read)) {}
+
+void InOrder::run() const {
+  const Buffer to = new_buffer(written_);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t reads = read_ / (64 * threads) * 16, writes = written_ / (64 * threads) * 16;  // values of one thread
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      kernels().roof_move(&to[thread * writes], 4 * writes, &from_[thread * reads], 4 * reads);
+  });
 }
 
 }  // namespace moe

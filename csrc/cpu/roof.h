@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #include "cpu/isa.h"
 
@@ -17,5 +19,22 @@ struct Bandwidth {
 
 // Passes over two buffers of `bytes` each, which should be several times the last cache, for `seconds` each.
 MOE_EXPORT Bandwidth peak_bandwidth(int64_t bytes, double seconds);
+
+struct Free {
+  void operator()(float* buffer) const { ::operator delete[](buffer, std::align_val_t(64)); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+// As many bytes read and written as a stage's, in order, into fresh memory, and nothing computed: what the stage can be
+// held against within one interleaved run, as the bandwidth of a shared machine moves.
+class MOE_EXPORT InOrder {
+ public:
+  InOrder(int64_t read, int64_t written);
+  void run() const;
+
+ private:
+  int64_t read_, written_;
+  Buffer from_;
+};
 
 }  // namespace moe

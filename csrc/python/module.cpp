@@ -90,6 +90,9 @@ PYBIND11_MODULE(_C, m) {
       "roofs", &roofs, py::arg("bytes"), py::arg("seconds") = 0.2,
       "Measure this machine's roofs on torch's threads: FLOP/s of multiply-adds by dtype, bytes/s read and copied over "
       "buffers of `bytes`");
+  py::class_<moe::InOrder>(m, "InOrder", "As many bytes read and written as a stage's, in order, and nothing computed")
+      .def(py::init<int64_t, int64_t>(), py::arg("read"), py::arg("written"))
+      .def("run", &moe::InOrder::run, py::call_guard<py::gil_scoped_release>(), "One pass, into fresh memory");
   m.def("has_cuda_kernels", &moe::has_kernels, py::arg("architectures"), py::arg("arch"),
         "Whether a card of compute capability `arch` (80, 90) is served by architectures such as 'sm_80 compute_80'");
   m.def(

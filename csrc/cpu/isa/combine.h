@@ -1,7 +1,7 @@
 // combine: y[t] = sum over k of weight * row, and its backward; each column's sum runs in k order.
 // Bound by memory: a block of columns is kept in registers while the rows of one token pass, so that rows are read once
 // and y is written once; in the backward a token's gradient stays in the cache while its rows pass. As rows begin
-// anywhere, those of the next token are fetched meanwhile.
+// anywhere, they are asked for ahead, and where a row ends, a row of the next token.
 #pragma once
 
 #include "cpu/isa/buffer.h"
@@ -9,7 +9,8 @@
 
 namespace moe::MOE_ISA {
 
-inline constexpr int kBlock = 8;  // vectors of columns at a time
+inline constexpr int kBlock = 8;              // vectors of columns at a time
+inline constexpr int64_t kBytesAhead = 2048;  // of each row asked for, into L2
 
 // The rows of one token that are there, with their weights.
 template <class C, class S>
@@ -35,12 +36,19 @@ struct Terms {
   int64_t count = 0;
 };
 
-// y[col .. col + cols) of one token, for at most `vectors` vectors of columns; the first `ahead` rows of the next token
-// are fetched.
+// Asks for what will be read `distance` columns (at most a row) after col .. col + cols of the rows of one token.
+template <class C, class S>
+MOE_INLINE void fetch_rows(const Terms<C, S>& here, const Terms<C, S>& next, int64_t distance, int64_t hidden,
+                           int64_t col, int64_t cols) {
+  const bool own = col + distance < hidden;
+  const Terms<C, S>& from = own ? here : next;
+  const int64_t at = col + distance - (own ? 0 : hidden);
+  for (int64_t i = 0; i < from.count; ++i) fetch_ahead(from.terms[i].row + at, cols);
+}
+
+// y[col .. col + cols) of one token, for at most `vectors` vectors of columns.
 template <int vectors, bool streamed, class C, class S>
-MOE_INLINE void combine_columns(const Terms<C, S>& from, const Terms<C, S>& next, int64_t ahead, S* y, int64_t col,
-                                int64_t cols) {
-  for (int64_t i = 0; i < ahead; ++i) fetch_ahead(next.terms[i].row + col, cols);
+MOE_INLINE void combine_columns(const Terms<C, S>& from, S* y, int64_t col, int64_t cols) {
   Vec<C> sum[vectors] = {};
   for (int64_t i = 0; i < from.count; ++i) {
     const auto [row, weight] = from.terms[i];
@@ -62,19 +70,24 @@ void combine_rows(const CombineParams& p, int64_t begin, int64_t end) {
   using C = Compute<S>;
   constexpr int64_t lanes = kLanes<C>;
   const bool large = p.num_rows * p.hidden * int64_t(sizeof(S)) >= kStreamedBytes;
+  const int64_t distance = min(kBytesAhead / int64_t(sizeof(S)), p.hidden);
   Terms<C, S> terms[2]{Terms<C, S>(p.width), Terms<C, S>(p.width)};
   if (begin < end) terms[begin % 2].find(p, begin);
   for (int64_t token = begin; token < end; ++token) {
     const Terms<C, S>& here = terms[token % 2];
     Terms<C, S>& next = terms[(token + 1) % 2];
     if (token + 1 < end) next.find(p, token + 1);
-    const int64_t ahead = large && token + 1 < end ? next.count : 0;
+    else next.count = 0;
     S* y = static_cast<S*>(p.y.data) + token * p.y.stride;
     int64_t col = 0;
-    for (; col + kBlock * lanes <= p.hidden; col += kBlock * lanes)
-      combine_columns<kBlock, streamed>(here, next, ahead, y, col, kBlock * lanes);
-    for (; col < p.hidden; col += lanes)
-      combine_columns<1, streamed>(here, next, ahead, y, col, min(p.hidden - col, lanes));
+    auto columns = [&]<int vectors>() __attribute__((always_inline)) {
+      const int64_t cols = min(p.hidden - col, vectors * lanes);
+      combine_columns<vectors, streamed>(here, y, col, cols);
+      if (large) fetch_rows(here, next, distance, p.hidden, col, cols);
+      col += cols;
+    };
+    while (col + kBlock * lanes <= p.hidden) columns.template operator()<kBlock>();
+    while (col < p.hidden) columns.template operator()<1>();
   }
   if constexpr (streamed) end_of_stream();
 }

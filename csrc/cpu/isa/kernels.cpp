@@ -25,7 +25,7 @@ extern const Kernels kTable{
     .grouped_gemm_bias_grad = grouped_gemm_bias_grad,
     .roof_arithmetic = roof_arithmetic,
     .roof_read = roof_read,
-    .roof_copy = roof_copy,
+    .roof_move = roof_move,
 };
 
 }  // namespace moe::MOE_ISA

@@ -38,7 +38,7 @@ struct Kernels {
 
   double (*roof_arithmetic)(Dtype dtype, int64_t rounds, double* sink);
   void (*roof_read)(const float* from, int64_t bytes, int streams, double* sink);
-  void (*roof_copy)(float* to, const float* from, int64_t bytes);
+  void (*roof_move)(float* to, int64_t written, const float* from, int64_t read);
 };
 
 }  // namespace moe
