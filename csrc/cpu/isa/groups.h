@@ -6,30 +6,30 @@
 
 namespace moe::MOE_ISA {
 
-// The largest and the second largest of each lane, of all that was added.
+// The largest and the second largest of each lane.
 template <class Key>
 struct TopTwo {
   Vec<Key> first, second;
-
-  MOE_INLINE void add(const TopTwo& other) {
-    second = larger<Key>(larger<Key>(second, other.second), smaller<Key>(first, other.first));
-    first = larger<Key>(first, other.first);
-  }
 };
 
-// Lane i of rows[0] becomes the two largest of all lanes of rows[i], a row for each lane.
-template <int step, class Key>
-MOE_INLINE void fold_rows(TopTwo<Key>* rows) {
-  if constexpr (step < kLanes<Key>) {
+template <class Key>
+MOE_INLINE TopTwo<Key> merge(const TopTwo<Key>& a, const TopTwo<Key>& b) {
+  return {larger<Key>(a.first, b.first),
+          larger<Key>(larger<Key>(a.second, b.second), smaller<Key>(a.first, b.first))};
+}
+
+// Of rows row .. row + rows: a row in each lane once rows are as many as lanes. of(row) is a row's own.
+template <int rows, class Key, class F>
+MOE_INLINE TopTwo<Key> fold_rows(int row, const F& of) {
+  if constexpr (rows == 1) {
+    return of(row);
+  } else {
     constexpr std::make_integer_sequence<int, kLanes<Key>> lanes;
-    constexpr bool within = step < 16 / int(sizeof(Key));
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<Key>; i += 2 * step) {
-      unzip<Key, within>(rows[i].first, rows[i + step].first, lanes);
-      unzip<Key, within>(rows[i].second, rows[i + step].second, lanes);
-      rows[i].add(rows[i + step]);
-    }
-    fold_rows<2 * step>(rows);
+    constexpr bool within = rows / 2 < 16 / int(sizeof(Key));
+    TopTwo<Key> a = fold_rows<rows / 2, Key>(row, of), b = fold_rows<rows / 2, Key>(row + rows / 2, of);
+    unzip<Key, within>(a.first, b.first, lanes);
+    unzip<Key, within>(a.second, b.second, lanes);
+    return merge(a, b);
   }
 }
 
@@ -74,18 +74,17 @@ class Groups {
  private:
   // The keys of the score of one group of each token.
   MOE_INLINE Vec<Key> group_keys(const Key* keys, int64_t stride, int tokens) const {
-    const TopTwo<Key> nothing{broadcast(kTaken<C>), broadcast(kTaken<C>)};
-    TopTwo<Key> rows[kTokens];
-    for (int token = 0; token < kTokens; ++token, keys += token < tokens ? stride : 0) {
-      rows[token] = nothing;
+    const TopTwo<Key> best = fold_rows<kTokens, Key>(0, [=, this](int token) __attribute__((always_inline)) {
+      const Key* from = keys + min(token, tokens - 1) * stride;
+      TopTwo<Key> row{broadcast(kTaken<C>), broadcast(kTaken<C>)};
       for (int64_t i = 0; i < size_; i += kLanes<C>) {
         const auto ours = lane_numbers<Key>() < Key(size_ - i);
-        rows[token].add({ours ? load<Key>(keys + i) : nothing.first, nothing.second});
+        row = merge<Key>(row, {ours ? load<Key>(from + i) : broadcast(kTaken<C>), broadcast(kTaken<C>)});
       }
-    }
-    fold_rows<1>(rows);
-    if (p_.group_score == GroupScore::max || size_ == 1) return rows[0].first;
-    return key_of<C>(values_of<C>(rows[0].first) + values_of<C>(rows[0].second));
+      return row;
+    });
+    if (p_.group_score == GroupScore::max || size_ == 1) return best.first;
+    return key_of<C>(values_of<C>(best.first) + values_of<C>(best.second));
   }
 
   const RouteParams& p_;

@@ -137,8 +137,8 @@ class Largest {
     else fold_all<16>(many_);
   }
 
-  // The rows' k-th largest. [kRows]
-  const Word* ids(int64_t k) const { return reinterpret_cast<const Word*>(&ids_[k]); }
+  // [count, kRows] the indices of the largest.
+  const Word* ids() const { return reinterpret_cast<const Word*>(ids_); }
 
   bool is_certain(int row) const {
     if (!tied_[row]) return true;

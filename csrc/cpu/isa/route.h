@@ -28,14 +28,14 @@ class Router {
 
   Router(const RouteParams& p, int32_t* counts, double* prob)
       : p_(p),
-        bias_(static_cast<const C*>(p.selection_bias)),
         expert_scale_(static_cast<const C*>(p.expert_scale)),
-        choice_is_on_scores_(bias_ || p.num_groups > 1),
+        choice_is_on_scores_(p.selection_bias || p.num_groups > 1),
         listed_(sizeof(C) == 4 && p.top_k <= Largest::kMost && p.experts <= Largest::kMostKeys),
         options_(choice_is_on_scores_ ? p.options : without_others<C>(p.options, p.experts)),
         counts_(counts),
         prob_(prob),
         padded_(Ranking<C>::padded(p.experts)),
+        bias_(padded_),
         z_(padded_),
         e_(padded_),
         s_(padded_),
@@ -47,13 +47,18 @@ class Router {
         weights_(p.top_k * kTokens) {
     for (int i = 0; i < kTokens; ++i) rankings_[i].emplace(memory_ + i * stride_, p.experts);
     for (int64_t i = 0; i < p.top_k * kTokens; ++i) z_k_[i] = 0;
+    const C* bias = static_cast<const C*>(p.selection_bias);
+    for (int64_t e = 0; e < padded_; ++e) bias_[e] = bias && e < p.experts ? bias[e] : C(0);
   }
 
   // At most kTokens from token first on.
   void route(int64_t first, int count) {
     first_ = first;
     count_ = count;
-    for (int i = 0; i < count; ++i) score(i);
+    for (int i = 0; i < count; ++i) {
+      prefetch_row(first + kTokens + i);
+      score(i);
+    }
     if (p_.num_groups > 1) {
       groups_.choose(rankings_[0]->keys(), stride_, count);
       for (int i = 0; i < count; ++i) groups_.mask(rankings_[i]->keys(), i);
@@ -67,13 +72,22 @@ class Router {
   }
 
  private:
+  // Memory is asked for one block of tokens ahead: what the processor foresees by itself ends with a page.
+  void prefetch_row(int64_t t) const {
+    const int64_t bytes = p_.experts * size_of(p_.logits.dtype);
+    const char* row = static_cast<const char*>(p_.logits.data) + min(t, p_.tokens - 1) * p_.logits.stride * size_of(p_.logits.dtype);
+    for (int64_t at = 0; at < min(bytes, 4096); at += 64) __builtin_prefetch(row + at);
+  }
+
   int32_t* chosen(int i) const { return p_.chosen + (first_ + i) * p_.top_k; }
 
   void score(int i) {
+    const bool list = listed_ && !choice_is_on_scores_, whole = p_.experts == padded_;
     const bool softmax = options_.score == Score::softmax;
-    if (listed_ && !choice_is_on_scores_) list_logits(i);
-    if (listed_ && !choice_is_on_scores_ && !softmax && !counts_) return;
+    if (list && whole) visit_row<C>(p_.logits, first_ + i, [=, this](const auto* row) { list_row(i, row); });
+    if (list && whole && !softmax && !counts_) return;
     load_row<C>(p_.logits, first_ + i, p_.experts, z_);
+    if (list && !whole) list_row<C>(i, z_);
     if (!choice_is_on_scores_ && !listed_) set_keys(i, [z = &z_[0]](int64_t at) { return load<C>(z + at); });
     if (options_.softcap != 0) apply_softcap<C>(z_, p_.experts, C(options_.softcap));
     if (softmax || counts_) softmax_ = exponentials<C>(z_, padded_, e_);
@@ -83,15 +97,13 @@ class Router {
     if (counts_) add_probabilities(i);
   }
 
-  MOE_INLINE void list_logits(int i) {
+  template <class S>
+  MOE_INLINE void list_row(int i, const S* row) {
     if constexpr (sizeof(C) == 4)
-      visit_row<C>(p_.logits, first_ + i, [this, i](const auto* row) __attribute__((always_inline)) {
-        largest_.list(i, [row, experts = p_.experts](int64_t at, Words& lost) __attribute__((always_inline)) {
-          Vec<C> z = load<C>(row + at, experts - at);
-          if (at + kTokens > experts) z = lane_numbers<Word>() < Word(experts - at) ? z : broadcast(kMinusInf<C>);
-          lost |= bit_cast<Words>(z);
-          return key_of<C>(z);
-        });
+      largest_.list(i, [row](int64_t at, Words& lost) __attribute__((always_inline)) {
+        const Vec<C> z = load<C>(row + at);
+        lost |= bit_cast<Words>(z);
+        return key_of<C>(z);
       });
   }
 
@@ -115,20 +127,17 @@ class Router {
     const Score score = options_.score;
     const C *from = score == Score::softmax ? e_ : z_, *bias = bias_;
     const C sum = score == Score::softmax ? C(softmax_.sum) : C(1);
-    const int64_t experts = p_.experts;
     set_keys(i, [=](int64_t at) __attribute__((always_inline)) {
       Vec<C> c = score_of<C>(score, load<C>(from + at));
       if (sum != 1) c = c / sum;
-      if (bias) c = c + load<C>(bias + at, experts - at);
-      return c;
+      return c + load<C>(bias + at);
     });
   }
 
   void take_listed() {
     for (int i = 0; choice_is_on_scores_ && i < count_; ++i) list_keys(i);
     largest_.fold();
-    for (int i = 0; i < count_; ++i)
-      for (int64_t k = 0; k < p_.top_k; ++k) chosen(i)[k] = largest_.ids(k)[i];
+    store_rows<Word>(largest_.ids(), p_.top_k, count_, chosen(0));
     for (int i = 0; i < count_; ++i) {
       if (largest_.is_certain(i)) continue;
       if (!choice_is_on_scores_) {
@@ -194,8 +203,7 @@ class Router {
       }
     }
     C* weights = static_cast<C*>(p_.weights) + first_ * p_.top_k;
-    for (int i = 0; i < count_; ++i)
-      for (int64_t k = 0; k < p_.top_k; ++k) weights[i * p_.top_k + k] = weights_[k * kTokens + i];
+    store_rows<C>(weights_, p_.top_k, count_, weights);
   }
 
   void add_probabilities(int i) {
@@ -218,7 +226,6 @@ class Router {
   }
 
   const RouteParams& p_;
-  const C* bias_;
   const C* expert_scale_;
   bool choice_is_on_scores_;  // otherwise the logits are compared: no rounding of a score makes a tie of them
   bool listed_;
@@ -226,6 +233,7 @@ class Router {
   int32_t* counts_;
   double* prob_;
   int64_t padded_;
+  Buffer<C> bias_;       // [E]
   Buffer<C> z_, e_, s_;  // [E] logits, their exponentials, elementwise scores
   int64_t stride_;
   Buffer<Bits<C>> memory_;  // [kTokens, stride_]
