@@ -14,8 +14,7 @@ struct TopTwo {
 
 template <class Key>
 MOE_INLINE TopTwo<Key> merge(const TopTwo<Key>& a, const TopTwo<Key>& b) {
-  return {larger<Key>(a.first, b.first),
-          larger<Key>(larger<Key>(a.second, b.second), smaller<Key>(a.first, b.first))};
+  return {larger<Key>(a.first, b.first), larger<Key>(larger<Key>(a.second, b.second), smaller<Key>(a.first, b.first))};
 }
 
 // Of rows row .. row + rows: a row in each lane once rows are as many as lanes. of(row) is a row's own.
@@ -44,7 +43,8 @@ class Groups {
 
   // keys [tokens, stride]: those of the experts, a row for each token.
   void choose(const Key* keys, int64_t stride, int tokens) {
-    for (int64_t g = 0; g < p_.num_groups; ++g) store<Key>(keys_ + g * kTokens, group_keys(keys + g * size_, stride, tokens));
+    for (int64_t g = 0; g < p_.num_groups; ++g)
+      store<Key>(keys_ + g * kTokens, group_keys(keys + g * size_, stride, tokens));
 
     for (int64_t g = 0; g < p_.num_groups; ++g) {
       const Vec<Key> own = load<Key>(keys_ + g * kTokens);

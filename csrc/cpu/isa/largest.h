@@ -3,8 +3,9 @@
 //   fold  the columns of two rows meet in one vector, then those of two pairs, until vector k holds the k-th largest of
 //         every row, a row in each lane.
 // What is sorted are words: a key whose lowest bits have made room for its index, so that no two are equal and of equal
-// keys the one of the lower index is larger. Where two keys that differ in those bits alone stand beside each other the
-// order may be wrong; this is told, and a caller then orders the row in another way.
+// keys the one of the lower index is larger. Where keys that differ in those bits alone stand beside each other the
+// order may be wrong; this is told, and the caller orders that row in another way. It is rare, as a key of 128 loses 7
+// bits, and never happens to logits of bfloat16.
 #pragma once
 
 #include "cpu/isa/buffer.h"
@@ -112,8 +113,8 @@ MOE_INLINE Best<n> list(int64_t padded, Word low, const F& key) {
 class Largest {
  public:
   static constexpr int kRows = kLanes<Word>;
-  static constexpr int64_t kMost = 16;             // to choose
-  static constexpr int64_t kMostKeys = 1 << 20;    // of more, too many rows would be uncertain
+  static constexpr int64_t kMost = 16;           // to choose
+  static constexpr int64_t kMostKeys = 1 << 16;  // an index leaves a key its sign, its exponent and 7 bits
 
   Largest(int64_t padded, int64_t count)
       : padded_(padded), count_(count), few_(count <= 8 ? kRows : 0), many_(count <= 8 ? 0 : kRows) {
@@ -124,22 +125,24 @@ class Largest {
 
   // key(i, lost) also sets those bits in lost that, were they cut off, would make different keys equal.
   template <class F>
-  MOE_INLINE void list(int row, const F& key) {
+  MOE_INLINE void add(int row, const F& key) {
     Words lost{};
     auto noted = [&](int64_t i) __attribute__((always_inline)) { return key(i, lost); };
-    if (count_ <= 8) few_[row] = moe::MOE_ISA::list<8>(padded_, low_, noted);
-    else many_[row] = moe::MOE_ISA::list<16>(padded_, low_, noted);
+    if (count_ <= 8) few_[row] = list<8>(padded_, low_, noted);
+    else many_[row] = list<16>(padded_, low_, noted);
     lost_[row] = lost;
   }
 
-  void fold() {
-    if (count_ <= 8) fold_all<8>(few_);
-    else fold_all<16>(many_);
+  // Rows that were not added have no result.
+  void choose() {
+    if (count_ <= 8) choose<8>(few_);
+    else choose<16>(many_);
   }
 
   // [count, kRows] the indices of the largest.
   const Word* ids() const { return reinterpret_cast<const Word*>(ids_); }
 
+  // False where keys beside each other, or the last of the chosen and the next, differ in lost bits alone, or may.
   bool is_certain(int row) const {
     if (!tied_[row]) return true;
     for (int i = 0; i < kRows; ++i)
@@ -149,10 +152,10 @@ class Largest {
 
  private:
   template <int n, int step = 1>
-  void fold_all(Best<n>* best) {
+  void choose(Best<n>* best) {
     if constexpr (step < kRows) {
-      for (int row = 0; row < kRows; row += 2 * step) best[row] = moe::MOE_ISA::fold<step>(best[row], best[row + step]);
-      fold_all<n, 2 * step>(best);
+      for (int row = 0; row < kRows; row += 2 * step) best[row] = fold<step>(best[row], best[row + step]);
+      choose<n, 2 * step>(best);
     } else {
       tied_ = Words{};
       for (int64_t k = 0; k < count_; ++k) {

@@ -26,7 +26,7 @@ class Router {
  public:
   static constexpr int kTokens = kLanes<C>;
 
-  Router(const RouteParams& p, int32_t* counts, double* prob)
+  Router(const RouteParams& p, int64_t tokens, int32_t* counts, double* prob)
       : p_(p),
         expert_scale_(static_cast<const C*>(p.expert_scale)),
         choice_is_on_scores_(p.selection_bias || p.num_groups > 1),
@@ -40,12 +40,13 @@ class Router {
         e_(padded_),
         s_(padded_),
         stride_(Ranking<C>::size(p.experts)),
-        memory_(kTokens * stride_),
+        rows_(listed_ && !choice_is_on_scores_ ? 1 : int(min(tokens, kTokens))),
+        memory_(rows_ * stride_),
         groups_(p),
         largest_(padded_, p.top_k),
         z_k_(Ranking<C>::padded(p.top_k * kTokens)),
         weights_(p.top_k * kTokens) {
-    for (int i = 0; i < kTokens; ++i) rankings_[i].emplace(memory_ + i * stride_, p.experts);
+    for (int i = 0; i < rows_; ++i) rankings_[i].emplace(memory_ + i * stride_, p.experts);
     for (int64_t i = 0; i < p.top_k * kTokens; ++i) z_k_[i] = 0;
     const C* bias = static_cast<const C*>(p.selection_bias);
     for (int64_t e = 0; e < padded_; ++e) bias_[e] = bias && e < p.experts ? bias[e] : C(0);
@@ -74,9 +75,9 @@ class Router {
  private:
   // Memory is asked for one block of tokens ahead: what the processor foresees by itself ends with a page.
   void prefetch_row(int64_t t) const {
-    const int64_t bytes = p_.experts * size_of(p_.logits.dtype);
-    const char* row = static_cast<const char*>(p_.logits.data) + min(t, p_.tokens - 1) * p_.logits.stride * size_of(p_.logits.dtype);
-    for (int64_t at = 0; at < min(bytes, 4096); at += 64) __builtin_prefetch(row + at);
+    const int64_t size = size_of(p_.logits.dtype);
+    const char* row = static_cast<const char*>(p_.logits.data) + min(t, p_.tokens - 1) * p_.logits.stride * size;
+    for (int64_t at = 0; at < p_.experts * size; at += 64) __builtin_prefetch(row + at);
   }
 
   int32_t* chosen(int i) const { return p_.chosen + (first_ + i) * p_.top_k; }
@@ -88,11 +89,13 @@ class Router {
     if (list && whole && !softmax && !counts_) return;
     load_row<C>(p_.logits, first_ + i, p_.experts, z_);
     if (list && !whole) list_row<C>(i, z_);
-    if (!choice_is_on_scores_ && !listed_) set_keys(i, [z = &z_[0]](int64_t at) { return load<C>(z + at); });
+    if (!choice_is_on_scores_ && !listed_) set_logit_keys(i);
     if (options_.softcap != 0) apply_softcap<C>(z_, p_.experts, C(options_.softcap));
-    if (softmax || counts_) softmax_ = exponentials<C>(z_, padded_, e_);
-    max_[i] = softmax_.max;
-    share_[i] = 1 / softmax_.sum;
+    if (softmax || counts_) {
+      softmax_ = exponentials<C>(z_, padded_, e_);
+      max_[i] = softmax_.max;
+      share_[i] = 1 / softmax_.sum;
+    }
     if (choice_is_on_scores_) set_choice_keys(i);
     if (counts_) add_probabilities(i);
   }
@@ -100,7 +103,7 @@ class Router {
   template <class S>
   MOE_INLINE void list_row(int i, const S* row) {
     if constexpr (sizeof(C) == 4)
-      largest_.list(i, [row](int64_t at, Words& lost) __attribute__((always_inline)) {
+      largest_.add(i, [row](int64_t at, Words& lost) __attribute__((always_inline)) {
         const Vec<C> z = load<C>(row + at);
         lost |= bit_cast<Words>(z);
         return key_of<C>(z);
@@ -109,7 +112,7 @@ class Router {
 
   MOE_INLINE void list_keys(int i) {
     if constexpr (sizeof(C) == 4)
-      largest_.list(i, [keys = rankings_[i]->keys()](int64_t at, Words& lost) __attribute__((always_inline)) {
+      largest_.add(i, [keys = rankings_[i]->keys()](int64_t at, Words& lost) __attribute__((always_inline)) {
         const Words key = load<Word>(keys + at);
         lost |= key ^ key >> 31;
         return key;
@@ -121,6 +124,10 @@ class Router {
     Bits<C>* keys = rankings_[i]->keys();
     for (int64_t at = 0; at < padded_; at += kTokens) store<Bits<C>>(keys + at, key_of<C>(choice(at)));
     rankings_[i]->seal();
+  }
+
+  void set_logit_keys(int i) {
+    set_keys(i, [z = &z_[0]](int64_t at) { return load<C>(z + at); });
   }
 
   void set_choice_keys(int i) {
@@ -136,17 +143,20 @@ class Router {
 
   void take_listed() {
     for (int i = 0; choice_is_on_scores_ && i < count_; ++i) list_keys(i);
-    largest_.fold();
+    largest_.choose();
     store_rows<Word>(largest_.ids(), p_.top_k, count_, chosen(0));
-    for (int i = 0; i < count_; ++i) {
-      if (largest_.is_certain(i)) continue;
-      if (!choice_is_on_scores_) {
-        load_row<C>(p_.logits, first_ + i, p_.experts, z_);
-        set_keys(i, [z = &z_[0]](int64_t at) { return load<C>(z + at); });
-      }
-      rankings_[i]->build();
-      for (int64_t k = 0; k < p_.top_k; ++k) chosen(i)[k] = int32_t(rankings_[i]->take());
+    for (int i = 0; i < count_; ++i)
+      if (!largest_.is_certain(i)) take_again(i);
+  }
+
+  void take_again(int i) {
+    if (!choice_is_on_scores_) {
+      load_row<C>(p_.logits, first_ + i, p_.experts, z_);
+      set_logit_keys(0);
     }
+    Ranking<C>& ranking = *rankings_[choice_is_on_scores_ ? i : 0];
+    ranking.build();
+    for (int64_t k = 0; k < p_.top_k; ++k) chosen(i)[k] = int32_t(ranking.take());
   }
 
   // One choice of each token in turn, so that none waits for another's latency.
@@ -228,7 +238,7 @@ class Router {
   const RouteParams& p_;
   const C* expert_scale_;
   bool choice_is_on_scores_;  // otherwise the logits are compared: no rounding of a score makes a tie of them
-  bool listed_;
+  bool listed_;               // otherwise a tournament chooses
   RouteOptions options_;
   int32_t* counts_;
   double* prob_;
@@ -236,12 +246,13 @@ class Router {
   Buffer<C> bias_;       // [E]
   Buffer<C> z_, e_, s_;  // [E] logits, their exponentials, elementwise scores
   int64_t stride_;
-  Buffer<Bits<C>> memory_;  // [kTokens, stride_]
+  int rows_;
+  Buffer<Bits<C>> memory_;  // [rows_, stride_] keys
   std::optional<Ranking<C>> rankings_[kTokens];
   Groups<C> groups_;
   Largest largest_;
   Buffer<C> z_k_;      // [K, kTokens] logits, exponentials or scores of the chosen
-  Buffer<C> weights_;  // [K, kTokens]
+  Buffer<C> weights_;  // [K, kTokens] their expert scales, then their weights
 
   // Of the tokens in work.
   int64_t first_ = 0;
@@ -254,7 +265,7 @@ class Router {
 template <class C>
 void route_tokens(const RouteParams& p, int64_t begin, int64_t end, int32_t* partial_counts, double* partial_prob) {
   if (begin == end) return;
-  Router<C> router(p, partial_counts, partial_prob);
+  Router<C> router(p, end - begin, partial_counts, partial_prob);
   for (; begin < end; begin += Router<C>::kTokens) router.route(begin, int(min(end - begin, Router<C>::kTokens)));
 }
 

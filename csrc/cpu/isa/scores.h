@@ -29,7 +29,8 @@ MOE_INLINE void load_values(const S* from, int64_t count, C* z) {
 // f(pointer to a row): of float64 values for C = double, of any other for C = float.
 template <class C, class F>
 MOE_INLINE void visit_row(const Matrix& matrix, int64_t row, const F& f) {
-  auto visit = [&]<class S>(S*) __attribute__((always_inline)) { f(static_cast<S*>(matrix.data) + row * matrix.stride); };
+  auto visit = [&]<class S>(S*)
+                   __attribute__((always_inline)) { f(static_cast<S*>(matrix.data) + row * matrix.stride); };
   if constexpr (std::is_same_v<C, double>) visit(static_cast<double*>(nullptr));
   else if (matrix.dtype == Dtype::float32) visit(static_cast<float*>(nullptr));
   else if (matrix.dtype == Dtype::bfloat16) visit(static_cast<bfloat16*>(nullptr));
