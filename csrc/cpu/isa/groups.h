@@ -76,11 +76,12 @@ class Groups {
   MOE_INLINE Vec<Key> group_keys(const Key* keys, int64_t stride, int tokens) const {
     const TopTwo<Key> best = fold_rows<kTokens, Key>(0, [=, this](int token) __attribute__((always_inline)) {
       const Key* from = keys + min(token, tokens - 1) * stride;
-      TopTwo<Key> row{broadcast(kTaken<C>), broadcast(kTaken<C>)};
-      for (int64_t i = 0; i < size_; i += kLanes<C>) {
-        const auto ours = lane_numbers<Key>() < Key(size_ - i);
-        row = merge<Key>(row, {ours ? load<Key>(from + i) : broadcast(kTaken<C>), broadcast(kTaken<C>)});
-      }
+      const Vec<Key> nothing = broadcast(kTaken<C>);
+      auto part = [=, this](int64_t i) __attribute__((always_inline)) {
+        return lane_numbers<Key>() < Key(size_ - i) ? load<Key>(from + i) : nothing;
+      };
+      TopTwo<Key> row{part(0), nothing};
+      for (int64_t i = kLanes<C>; i < size_; i += kLanes<C>) row = merge<Key>(row, {part(i), nothing});
       return row;
     });
     if (p_.group_score == GroupScore::max || size_ == 1) return best.first;
