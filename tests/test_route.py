@@ -128,6 +128,22 @@ def test_order_of_wide_rows(experts, dtype, device, instruction_set):
         assert chosen.tolist() == [by_hand(row, top_k) for row in logits.tolist()]
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("experts", [20, 128, 300])
+def test_keys_that_differ_in_their_last_bits(experts, biased, device, instruction_set):
+    """No bit of a choice is lost where an index takes its place, and no token suffers from one that needs them all."""
+    logits = 1 + torch.randint(0, 90, (37, experts), generator=seeded(experts)) * 2.0**-23
+    logits[3::5] = randn(len(logits[3::5]), experts)
+    logits[4, ::3] = NAN
+    logits[5], logits[6], logits[17] = 0.1, -INF, NAN
+    logits[18] *= -1
+    bias = place(torch.zeros(experts), device) if biased else None
+    ranked = [by_hand(row, 17) for row in logits.tolist()]
+    for top_k in (1, 2, 7, 8, 9, 15, 16, 17):
+        _, chosen = moe_ops.route(place(logits, device), top_k, score="identity", selection_bias=bias)
+        assert chosen.tolist() == [row[:top_k] for row in ranked]
+
+
 MANY = [(1024, 33, 4), (1025, 8, 5), (1500, 1500, 5), (16384, 64, 4), (20001, 3, 3)]
 MANY_OPTIONS = {
     "stats": {"renormalize": True, "stats": True},

@@ -1,54 +1,34 @@
-// Limits a token's choice to the experts of the best groups.
+// Limits the choices of tokens to the experts of the best groups, as many tokens at once as a vector has lanes.
 #pragma once
 
 #include "cpu/isa/scores.h"
-#include "cpu/isa/shortlist.h"
+#include "cpu/isa/transpose.h"
 
 namespace moe::MOE_ISA {
 
-// The largest and the second largest of each lane, of all that was added.
+// The largest and the second largest of each lane.
 template <class Key>
 struct TopTwo {
   Vec<Key> first, second;
-
-  MOE_INLINE void add(const TopTwo& other) {
-    const Vec<Key> smaller = first > other.first ? other.first : first;
-    const Vec<Key> runner_up = second > other.second ? second : other.second;
-    first = first > other.first ? first : other.first;
-    second = smaller > runner_up ? smaller : runner_up;
-  }
 };
 
-// Lane l takes what lanes l and l ^ step hold: of a where bit `step` of l is clear, of b where it is set.
-template <int step, class Key, int... l>
-MOE_INLINE TopTwo<Key> fold_lanes(const TopTwo<Key>& a, const TopTwo<Key>& b, std::integer_sequence<int, l...>) {
-  constexpr int n = sizeof...(l);
-  auto own = [](Vec<Key> x, Vec<Key> y) { return __builtin_shufflevector(x, y, (l & step ? n + l : l)...); };
-  auto other = [](Vec<Key> x, Vec<Key> y) { return __builtin_shufflevector(x, y, (l & step ? n + l : l) ^ step...); };
-  TopTwo<Key> folded{own(a.first, b.first), own(a.second, b.second)};
-  folded.add({other(a.first, b.first), other(a.second, b.second)});
-  return folded;
+template <class Key>
+MOE_INLINE TopTwo<Key> merge(const TopTwo<Key>& a, const TopTwo<Key>& b) {
+  return {larger<Key>(a.first, b.first), larger<Key>(larger<Key>(a.second, b.second), smaller<Key>(a.first, b.first))};
 }
 
-// Lane i of the result: the two largest of all lanes of rows[i], count rows.
-template <int count, class Key>
-MOE_INLINE TopTwo<Key> fold_rows(TopTwo<Key>* rows) {
-  constexpr std::make_integer_sequence<int, kLanes<Key>> lanes;
-  if constexpr (count > 1) {
-    for (int i = 0; i < count / 2; ++i) rows[i] = fold_lanes<count / 2>(rows[i], rows[i + count / 2], lanes);
-    return fold_rows<count / 2>(rows);
+// Of rows row .. row + rows: a row in each lane once rows are as many as lanes. of(row) is a row's own.
+template <int rows, class Key, class F>
+MOE_INLINE TopTwo<Key> fold_rows(int row, const F& of) {
+  if constexpr (rows == 1) {
+    return of(row);
   } else {
-    return rows[0];
-  }
-}
-
-template <int step, class Key>
-MOE_INLINE TopTwo<Key> fold_rest(TopTwo<Key> row) {
-  if constexpr (step < kLanes<Key>) {
     constexpr std::make_integer_sequence<int, kLanes<Key>> lanes;
-    return fold_rest<2 * step>(fold_lanes<step>(row, row, lanes));
-  } else {
-    return row;
+    constexpr bool within = rows / 2 < 16 / int(sizeof(Key));
+    TopTwo<Key> a = fold_rows<rows / 2, Key>(row, of), b = fold_rows<rows / 2, Key>(row + rows / 2, of);
+    unzip<Key, within>(a.first, b.first, lanes);
+    unzip<Key, within>(a.second, b.second, lanes);
+    return merge(a, b);
   }
 }
 
@@ -56,75 +36,61 @@ template <class C>
 class Groups {
  public:
   using Key = Bits<C>;
+  static constexpr int kTokens = kLanes<C>;
 
   explicit Groups(const RouteParams& p)
-      : p_(p),
-        size_(p.experts / p.num_groups),
-        padded_(Ranking<C>::padded(p.num_groups)),
-        memory_(Ranking<C>::size(padded_)),
-        kept_(padded_),
-        best_(memory_, padded_) {
-    for (int64_t g = 0; g < padded_; ++g) best_.keys()[g] = kNothing<C>;
-  }
+      : p_(p), size_(p.experts / p.num_groups), keys_(p.num_groups * kTokens), places_(p.num_groups * kTokens) {}
 
-  // In steps, as the choice of experts: rank, choose, mask. keys [E] are those of the experts.
-  void rank(const Key* keys) {
-    for (int64_t g = 0; g < p_.num_groups; g += kBatch) {
-      const auto ours = lane_numbers<Key>() < Key(p_.num_groups - g);
-      const Vec<Key> batch = ours ? group_keys(keys, g) : broadcast(kNothing<C>);
-      std::memcpy(best_.keys() + g, &batch, kBatch * sizeof(Key));
-    }
-  }
-
-  // kept_ = -1 for the best groups, 0 for others.
-  void choose() {
-    if (padded_ <= kShortlist) {
-      if (padded_ == kRowKeys) find_places<kRowKeys>(best_.keys(), &kept_[0]);
-      else find_places<kShortlist>(best_.keys(), &kept_[0]);
-      for (int64_t g = 0; g < padded_; g += kLanes<C>) store<Key>(kept_ + g, load<Key>(kept_ + g) < Key(p_.top_groups));
-      return;
-    }
-    for (int64_t g = 0; g < padded_; ++g) kept_[g] = 0;
-    best_.build();
-    for (int64_t i = 0; i < p_.top_groups; ++i) kept_[best_.take()] = -1;
-  }
-
-  // The keys of the groups not kept become the key of -inf or of 0.
-  void mask(Key* keys) const {
-    const Vec<Key> masked = key_of<C>(broadcast(p_.group_mask == GroupMask::zero ? C(0) : kMinusInf<C>));
+  // keys [tokens, stride]: those of the experts, a row for each token.
+  void choose(const Key* keys, int64_t stride, int tokens) {
     for (int64_t g = 0; g < p_.num_groups; ++g)
+      store<Key>(keys_ + g * kTokens, group_keys(keys + g * size_, stride, tokens));
+
+    for (int64_t g = 0; g < p_.num_groups; ++g) {
+      const Vec<Key> own = load<Key>(keys_ + g * kTokens);
+      Vec<Key> place{};
+      for (int64_t other = 0; other < g; ++other) {
+        const auto behind = load<Key>(keys_ + other * kTokens) < own;  // a comparison that holds is -1
+        place += 1 + behind;
+        store<Key>(places_ + other * kTokens, load<Key>(places_ + other * kTokens) - behind);
+      }
+      store<Key>(places_ + g * kTokens, place);
+    }
+  }
+
+  // The keys of a token's groups that were not chosen become the key of -inf or of 0.
+  void mask(Key* keys, int token) const {
+    const Vec<Key> masked = key_of<C>(broadcast(p_.group_mask == GroupMask::zero ? C(0) : kMinusInf<C>));
+    for (int64_t g = 0; g < p_.num_groups; ++g) {
+      const auto kept = broadcast(places_[g * kTokens + token]) < Key(p_.top_groups);
       for (int64_t i = 0; i < size_; i += kLanes<C>) {
         const auto ours = lane_numbers<Key>() < Key(size_ - i);
         Key* to = keys + g * size_ + i;
-        store<Key>(to, (ours & ~broadcast(kept_[g])) != 0 ? masked : load<Key>(to));
+        store<Key>(to, (ours & ~kept) != 0 ? masked : load<Key>(to));
       }
+    }
   }
 
  private:
-  static constexpr int kBatch = kLanes<C> < 8 ? kLanes<C> : 8;  // groups at a time
-
-  // The keys of the scores of groups g .. g + kBatch, in the first lanes.
-  MOE_INLINE Vec<Key> group_keys(const Key* keys, int64_t g) const {
-    const TopTwo<Key> nothing{broadcast(kTaken<C>), broadcast(kTaken<C>)};
-    TopTwo<Key> rows[kBatch];
-    for (int row = 0; row < kBatch; ++row) {
-      rows[row] = nothing;
-      const Key* from = keys + (g + row) * size_;
-      for (int64_t i = 0; g + row < p_.num_groups && i < size_; i += kLanes<C>) {
-        const auto ours = lane_numbers<Key>() < Key(size_ - i);
-        rows[row].add({ours ? load<Key>(from + i) : nothing.first, nothing.second});
-      }
-    }
-    const TopTwo<Key> best = fold_rest<kBatch>(fold_rows<kBatch>(rows));
+  // The keys of the score of one group of each token.
+  MOE_INLINE Vec<Key> group_keys(const Key* keys, int64_t stride, int tokens) const {
+    const TopTwo<Key> best = fold_rows<kTokens, Key>(0, [=, this](int token) __attribute__((always_inline)) {
+      const Key* from = keys + min(token, tokens - 1) * stride;
+      const Vec<Key> nothing = broadcast(kTaken<C>);
+      auto part = [=, this](int64_t i) __attribute__((always_inline)) {
+        return lane_numbers<Key>() < Key(size_ - i) ? load<Key>(from + i) : nothing;
+      };
+      TopTwo<Key> row{part(0), nothing};
+      for (int64_t i = kLanes<C>; i < size_; i += kLanes<C>) row = merge<Key>(row, {part(i), nothing});
+      return row;
+    });
     if (p_.group_score == GroupScore::max || size_ == 1) return best.first;
     return key_of<C>(values_of<C>(best.first) + values_of<C>(best.second));
   }
 
   const RouteParams& p_;
-  int64_t size_, padded_;
-  Buffer<Key> memory_;
-  Buffer<Key> kept_;  // [G]
-  Ranking<C> best_;
+  int64_t size_;
+  Buffer<Key> keys_, places_;  // [G, kTokens]: how many groups stand before each
 };
 
 }  // namespace moe::MOE_ISA

@@ -1,9 +1,11 @@
-// Logits to weights and experts, one token after another: scores, choice, weights, statistics.
+// Logits to weights and experts, as many tokens together as a vector has lanes: scores and keys of one token after
+// another, then the choice and the weights of all, a token in each lane.
 #pragma once
 
 #include <optional>
 
 #include "cpu/isa/groups.h"
+#include "cpu/isa/largest.h"
 
 namespace moe::MOE_ISA {
 
@@ -19,203 +21,252 @@ RouteOptions without_others(RouteOptions options, int64_t experts) {
   return options;
 }
 
-// One token at a time, in steps: a caller takes each step for a few tokens, so that none waits for another's latency.
 template <class C>
 class Router {
  public:
-  Router(const RouteParams& p, int32_t* counts, double* prob)
+  static constexpr int kTokens = kLanes<C>;
+
+  Router(const RouteParams& p, int64_t tokens, int32_t* counts, double* prob)
       : p_(p),
-        bias_(static_cast<const C*>(p.selection_bias)),
         expert_scale_(static_cast<const C*>(p.expert_scale)),
-        choice_is_on_scores_(bias_ || p.num_groups > 1),
+        choice_is_on_scores_(p.selection_bias || p.num_groups > 1),
+        listed_(sizeof(C) == 4 && p.top_k <= Largest::kMost && p.experts <= Largest::kMostKeys),
         options_(choice_is_on_scores_ ? p.options : without_others<C>(p.options, p.experts)),
         counts_(counts),
         prob_(prob),
         padded_(Ranking<C>::padded(p.experts)),
+        bias_(padded_),
         z_(padded_),
         e_(padded_),
         s_(padded_),
-        padded_k_(round_to_lanes<C>(p.top_k)),
-        z_k_(padded_k_),
-        work_k_(padded_k_),
-        s_k_(padded_k_),
-        memory_(Ranking<C>::size(p.experts)),
-        ranking_(memory_, p.experts),
-        groups_(p) {
-    for (int64_t k = 0; k < padded_k_; ++k) z_k_[k] = kMinusInf<C>;
+        stride_(Ranking<C>::size(p.experts)),
+        rows_(listed_ && !choice_is_on_scores_ ? 1 : int(min(tokens, kTokens))),
+        memory_(rows_ * stride_),
+        groups_(p),
+        largest_(padded_, p.top_k),
+        z_k_(Ranking<C>::padded(p.top_k * kTokens)),
+        weights_(p.top_k * kTokens) {
+    for (int i = 0; i < rows_; ++i) rankings_[i].emplace(memory_ + i * stride_, p.experts);
+    for (int64_t i = 0; i < p.top_k * kTokens; ++i) z_k_[i] = 0;
+    const C* bias = static_cast<const C*>(p.selection_bias);
+    for (int64_t e = 0; e < padded_; ++e) bias_[e] = bias && e < p.experts ? bias[e] : C(0);
   }
 
-  void score(int64_t t) {
-    token_ = t;
-    chosen_ = p_.chosen + t * p_.top_k;
-    load_row<C>(p_.logits, t, p_.experts, z_);
-    if (!choice_is_on_scores_) set_keys([z = &z_[0]](int64_t i) { return load<C>(z + i); });
-    if (options_.softcap != 0) apply_softcap<C>(z_, p_.experts, C(options_.softcap));
-
-    if (options_.score == Score::softmax || counts_) softmax_ = exponentials<C>(z_, padded_, e_);
-    if (scores_are_known()) sum_ = scores<C>(options_.score, z_, padded_, s_);
-    if (choice_is_on_scores_) set_choice_keys();
-  }
-
-  // The limit to the best groups.
-  void rank_groups() { groups_.rank(ranking_.keys()); }
-  void choose_groups() { groups_.choose(); }
-  void mask_groups() {
-    Bits<C>* keys = ranking_.keys();
-    groups_.mask(keys);
-    shortlist_.fold(padded_, [=](int64_t i) { return load<Bits<C>>(keys + i); });
-  }
-
-  // The choice by shortlist ...
-  void bound() { shortlist_.bound(p_.top_k); }
-  void list() { shortlist_.list(ranking_.keys(), padded_); }
-  bool place() { return shortlist_.place(); }
-  void sort() {
-    shortlist_.sort();
-    for (int64_t k = 0; k < p_.top_k; ++k) chosen_[k] = int32_t(shortlist_.ids()[k]);
-    if (keys_are_of_z()) {
-      for (int64_t k = 0; k < padded_k_; k += kLanes<C>) {
-        const Vec<C> z = values_of<C>(load<Bits<C>>(shortlist_.keys() + k));
-        store<C>(z_k_ + k, lane_numbers<Bits<C>>() < Bits<C>(p_.top_k - k) ? z : broadcast(kMinusInf<C>));
-      }
-    } else {
-      gather();
+  // At most kTokens from token first on.
+  void route(int64_t first, int count) {
+    first_ = first;
+    count_ = count;
+    for (int i = 0; i < count; ++i) {
+      prefetch_row(first + kTokens + i);
+      score(i);
     }
-  }
-
-  // ... or by tournament.
-  void begin_tournament() { ranking_.build(); }
-  MOE_INLINE void choose(int64_t k) { chosen_[k] = int32_t(ranking_.take()); }
-
-  void gather() {
-    const C* from = scores_are_known() ? s_ : z_;
-    C* z_k = z_k_;
-    for (int64_t k = 0; k < p_.top_k; ++k) z_k[k] = from[chosen_[k]];
-  }
-
-  MOE_INLINE void score_chosen() {
-    const Score score = scores_are_known() ? Score::identity : options_.score;
-    chosen_scores<C>(score, z_k_, p_.top_k, softmax_, work_k_, s_k_);
-  }
-
-  // weights = scores of the chosen / denominator * scale * expert_scale
-  void weigh() {
-    const double by = denominator(options_, s_k_, p_.top_k), scale = options_.scale;
-    C* weights = static_cast<C*>(p_.weights) + token_ * p_.top_k;
-    for (int64_t k = 0; !expert_scale_ && k < p_.top_k; k += kLanes<double>) {
-      const Vec<double> s = load<double>(s_k_ + k);
-      store<double>(weights + k, (by == 1 ? s : s / by) * scale, p_.top_k - k);
+    if (p_.num_groups > 1) {
+      groups_.choose(rankings_[0]->keys(), stride_, count);
+      for (int i = 0; i < count; ++i) groups_.mask(rankings_[i]->keys(), i);
     }
-    for (int64_t k = 0; expert_scale_ && k < p_.top_k; ++k)
-      weights[k] = C(s_k_[k] / by * (scale * double(expert_scale_[chosen_[k]])));
-    if (counts_) add_statistics();
+    if (listed_) take_listed();
+    else take_by_tournament();
+    gather();
+    score_chosen();
+    weigh();
+    for (int i = 0; counts_ && i < count; ++i) count_chosen(i);
   }
 
  private:
-  bool scores_are_known() const { return is_elementwise(options_.score) && (choice_is_on_scores_ || counts_); }
+  // Memory is asked for one block of tokens ahead: what the processor foresees by itself ends with a page.
+  void prefetch_row(int64_t t) const {
+    const int64_t size = size_of(p_.logits.dtype);
+    const char* row = static_cast<const char*>(p_.logits.data) + min(t, p_.tokens - 1) * p_.logits.stride * size;
+    for (int64_t at = 0; at < p_.experts * size; at += 64) __builtin_prefetch(row + at);
+  }
 
-  bool keys_are_of_z() const {
-    return !choice_is_on_scores_ && !counts_ && options_.softcap == 0 && options_.score != Score::identity;
+  int32_t* chosen(int i) const { return p_.chosen + (first_ + i) * p_.top_k; }
+
+  void score(int i) {
+    const bool list = listed_ && !choice_is_on_scores_, whole = p_.experts == padded_;
+    const bool softmax = options_.score == Score::softmax;
+    if (list && whole) visit_row<C>(p_.logits, first_ + i, [=, this](const auto* row) { list_row(i, row); });
+    if (list && whole && !softmax && !counts_) return;
+    load_row<C>(p_.logits, first_ + i, p_.experts, z_);
+    if (list && !whole) list_row<C>(i, z_);
+    if (!choice_is_on_scores_ && !listed_) set_logit_keys(i);
+    if (options_.softcap != 0) apply_softcap<C>(z_, p_.experts, C(options_.softcap));
+    if (softmax || counts_) {
+      softmax_ = exponentials<C>(z_, padded_, e_);
+      max_[i] = softmax_.max;
+      share_[i] = 1 / softmax_.sum;
+    }
+    if (choice_is_on_scores_) set_choice_keys(i);
+    if (counts_) add_probabilities(i);
+  }
+
+  template <class S>
+  MOE_INLINE void list_row(int i, const S* row) {
+    if constexpr (sizeof(C) == 4)
+      largest_.add(i, [row](int64_t at, Words& lost) __attribute__((always_inline)) {
+        const Vec<C> z = load<C>(row + at);
+        lost |= bit_cast<Words>(z);
+        return key_of<C>(z);
+      });
+  }
+
+  MOE_INLINE void list_keys(int i) {
+    if constexpr (sizeof(C) == 4)
+      largest_.add(i, [keys = rankings_[i]->keys()](int64_t at, Words& lost) __attribute__((always_inline)) {
+        const Words key = load<Word>(keys + at);
+        lost |= key ^ key >> 31;
+        return key;
+      });
   }
 
   template <class F>
-  MOE_INLINE void set_keys(const F& choice) {
-    Bits<C>* keys = ranking_.keys();
-    shortlist_.fold(padded_, [=](int64_t i) {
-      const Vec<Bits<C>> key = key_of<C>(choice(i));
-      store<Bits<C>>(keys + i, key);
-      return key;
-    });
-    ranking_.seal();
+  MOE_INLINE void set_keys(int i, const F& choice) {
+    Bits<C>* keys = rankings_[i]->keys();
+    for (int64_t at = 0; at < padded_; at += kTokens) store<Bits<C>>(keys + at, key_of<C>(choice(at)));
+    rankings_[i]->seal();
   }
 
-  void set_choice_keys() {
+  void set_logit_keys(int i) {
+    set_keys(i, [z = &z_[0]](int64_t at) { return load<C>(z + at); });
+  }
+
+  void set_choice_keys(int i) {
     const Score score = options_.score;
-    const C *from = is_elementwise(score) ? s_ : score == Score::softmax ? e_ : z_, *bias = bias_;
+    const C *from = score == Score::softmax ? e_ : z_, *bias = bias_;
     const C sum = score == Score::softmax ? C(softmax_.sum) : C(1);
-    const int64_t experts = p_.experts;
-    set_keys([=](int64_t i) {
-      Vec<C> c = load<C>(from + i);
+    set_keys(i, [=](int64_t at) __attribute__((always_inline)) {
+      Vec<C> c = score_of<C>(score, load<C>(from + at));
       if (sum != 1) c = c / sum;
-      if (bias) c = c + load<C>(bias + i, experts - i);
-      // The score of padding's -inf may be 0, which would bound the list above negative choices.
-      return lane_numbers<Bits<C>>() < Bits<C>(experts - i) ? c : broadcast(kMinusInf<C>);
+      return c + load<C>(bias + at);
     });
   }
 
-  void add_statistics() {
-    static_cast<C*>(p_.logsumexp)[token_] = log_sum_exp<C>(softmax_, z_, p_.experts);
-    const int64_t segment = p_.segments ? p_.segments[token_] : 0;
+  void take_listed() {
+    for (int i = 0; choice_is_on_scores_ && i < count_; ++i) list_keys(i);
+    largest_.choose();
+    store_rows<Word>(largest_.ids(), p_.top_k, count_, chosen(0));
+    for (int i = 0; i < count_; ++i)
+      if (!largest_.is_certain(i)) take_again(i);
+  }
+
+  void take_again(int i) {
+    if (!choice_is_on_scores_) {
+      load_row<C>(p_.logits, first_ + i, p_.experts, z_);
+      set_logit_keys(0);
+    }
+    Ranking<C>& ranking = *rankings_[choice_is_on_scores_ ? i : 0];
+    ranking.build();
+    for (int64_t k = 0; k < p_.top_k; ++k) chosen(i)[k] = int32_t(ranking.take());
+  }
+
+  // One choice of each token in turn, so that none waits for another's latency.
+  void take_by_tournament() {
+    for (int i = 0; i < count_; ++i) rankings_[i]->build();
+    for (int64_t k = 0; k < p_.top_k; ++k)
+      for (int i = 0; i < count_; ++i) chosen(i)[k] = int32_t(rankings_[i]->take());
+  }
+
+  void gather() {
+    for (int i = 0; i < count_; ++i) {
+      const int32_t* ids = chosen(i);
+      visit_row<C>(p_.logits, first_ + i, [=, this](const auto* row) {
+        for (int64_t k = 0; k < p_.top_k; ++k) z_k_[k * kTokens + i] = to_scalar<C>(row[ids[k]]);
+      });
+      for (int64_t k = 0; expert_scale_ && k < p_.top_k; ++k) weights_[k * kTokens + i] = expert_scale_[ids[k]];
+    }
+    if (options_.softcap != 0) apply_softcap<C>(z_k_, p_.top_k * kTokens, C(options_.softcap));
+  }
+
+  // z_k_ = scores of the chosen, but for a factor share_.
+  void score_chosen() {
+    Vec<C>* z = reinterpret_cast<Vec<C>*>(&z_k_[0]);
+    if (options_.score == Score::softmax) {
+      for (int64_t k = 0; k < p_.top_k; ++k) z[k] = exp<C>(z[k] - load<C>(max_));
+    } else if (options_.score == Score::softmax_selected) {
+      Vec<C> max = broadcast(kMinusInf<C>);
+      for (int64_t k = 0; k < p_.top_k; ++k) max = z[k] > max ? z[k] : max;
+      for (int64_t k = 0; k < p_.top_k; ++k) z[k] = exp<C>(z[k] - max);
+    } else {
+      for (int64_t k = 0; k < p_.top_k; ++k) z[k] = score_of<C>(options_.score, z[k]);
+    }
+  }
+
+  // From here on the few chosen scores are float64, so that a weight is rounded once.
+  // weights = scores of the chosen / denominator * scale * expert_scale
+  void weigh() {
+    for (int part = 0; part < kTokens; part += kLanes<double>) {
+      const C* z = z_k_ + part;
+      Vec<double> share = broadcast(1.0);
+      if (options_.score == Score::softmax) share = load<double>(share_ + part);
+      if (options_.score == Score::softmax_selected) {
+        Vec<double> sum{};
+        for (int64_t k = 0; k < p_.top_k; ++k) sum += load<double>(z + k * kTokens);
+        share = 1 / sum;
+      }
+      auto score = [=](int64_t k) __attribute__((always_inline)) { return load<double>(z + k * kTokens) * share; };
+      const Vec<double> by = denominator(options_, p_.top_k, score);
+      for (int64_t k = 0; k < p_.top_k; ++k) {
+        Vec<double> w = score(k);
+        if (options_.renormalize != Renormalize::none) w = w / by;
+        C* to = weights_ + k * kTokens + part;
+        store<double>(to, expert_scale_ ? w * (load<double>(to) * options_.scale) : w * options_.scale);
+      }
+    }
+    C* weights = static_cast<C*>(p_.weights) + first_ * p_.top_k;
+    store_rows<C>(weights_, p_.top_k, count_, weights);
+  }
+
+  void add_probabilities(int i) {
+    const int64_t t = first_ + i;
+    static_cast<C*>(p_.logsumexp)[t] = log_sum_exp<C>(softmax_, z_, p_.experts);
+    const int64_t segment = p_.segments ? p_.segments[t] : 0;
     if (segment < 0 || segment >= p_.num_segments) return;
-
-    int32_t* counts = counts_ + segment * p_.experts;
-    for (int64_t k = 0; k < p_.top_k; ++k) ++counts[chosen_[k]];
-
     const bool elementwise = is_elementwise(options_.score);
+    const double sum = elementwise ? scores<C>(options_.score, z_, padded_, s_) : softmax_.sum;
     const C* of = elementwise ? s_ : e_;
-    const double share = 1 / (elementwise ? sum_ : softmax_.sum);
     double* prob = prob_ + segment * p_.experts;
-    for (int64_t i = 0; i < p_.experts; ++i) prob[i] += double(of[i]) * share;
+    for (int64_t e = 0; e < p_.experts; ++e) prob[e] += double(of[e]) * (1 / sum);
+  }
+
+  void count_chosen(int i) {
+    const int64_t segment = p_.segments ? p_.segments[first_ + i] : 0;
+    if (segment < 0 || segment >= p_.num_segments) return;
+    int32_t* counts = counts_ + segment * p_.experts;
+    for (int64_t k = 0; k < p_.top_k; ++k) ++counts[chosen(i)[k]];
   }
 
   const RouteParams& p_;
-  const C* bias_;
   const C* expert_scale_;
   bool choice_is_on_scores_;  // otherwise the logits are compared: no rounding of a score makes a tie of them
+  bool listed_;               // otherwise a tournament chooses
   RouteOptions options_;
   int32_t* counts_;
   double* prob_;
   int64_t padded_;
+  Buffer<C> bias_;       // [E]
   Buffer<C> z_, e_, s_;  // [E] logits, their exponentials, elementwise scores
-  int64_t padded_k_;
-  Buffer<C> z_k_, work_k_;  // [K] logits, exponentials or scores of the chosen
-  Buffer<double> s_k_;      // [K] their scores
-  Buffer<Bits<C>> memory_;
-  Ranking<C> ranking_;
-  Shortlist<C> shortlist_;
+  int64_t stride_;
+  int rows_;
+  Buffer<Bits<C>> memory_;  // [rows_, stride_] keys
+  std::optional<Ranking<C>> rankings_[kTokens];
   Groups<C> groups_;
+  Largest largest_;
+  Buffer<C> z_k_;      // [K, kTokens] logits, exponentials or scores of the chosen
+  Buffer<C> weights_;  // [K, kTokens] their expert scales, then their weights
 
-  // Of the token in work.
-  int64_t token_ = 0;
-  int32_t* chosen_ = nullptr;  // [K]
+  // Of the tokens in work.
+  int64_t first_ = 0;
+  int count_ = 0;
+  C max_[kTokens];
+  double share_[kTokens];
   Exponentials<C> softmax_{};
-  double sum_ = 0;  // of the elementwise scores
 };
 
 template <class C>
 void route_tokens(const RouteParams& p, int64_t begin, int64_t end, int32_t* partial_counts, double* partial_prob) {
-  constexpr int64_t kTogether = 4;
-  std::optional<Router<C>> routers[kTogether];
-  // Beyond 2048 experts their working memory leaves the cache.
-  const int64_t together = p.experts > 2048 ? 1 : end - begin < kTogether ? end - begin : kTogether;
-  for (int64_t i = 0; i < together; ++i) routers[i].emplace(p, partial_counts, partial_prob);
-
-  for (; begin < end; begin += together) {
-    const int64_t count = min(end - begin, together);
-    auto each = [&](auto step) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < count; ++i) step(*routers[i], i);
-    };
-    bool listed = p.top_k <= kMostOfShortlist;
-    each([&](Router<C>& router, int64_t i) { router.score(begin + i); });
-    if (p.num_groups > 1) {
-      each([](Router<C>& router, int64_t) { router.rank_groups(); });
-      each([](Router<C>& router, int64_t) { router.choose_groups(); });
-      each([](Router<C>& router, int64_t) { router.mask_groups(); });
-    }
-    if (listed && p.top_k > 0) {
-      each([](Router<C>& router, int64_t) { router.bound(); });
-      each([](Router<C>& router, int64_t) { router.list(); });
-      each([&](Router<C>& router, int64_t) { listed = router.place() && listed; });
-      if (listed) each([](Router<C>& router, int64_t) { router.sort(); });
-    }
-    if (!listed) {
-      each([](Router<C>& router, int64_t) { router.begin_tournament(); });
-      for (int64_t k = 0; k < p.top_k; ++k) each([k](Router<C>& router, int64_t) { router.choose(k); });
-      each([](Router<C>& router, int64_t) { router.gather(); });
-    }
-    each([](Router<C>& router, int64_t) { router.score_chosen(); });
-    each([](Router<C>& router, int64_t) { router.weigh(); });
-  }
+  if (begin == end) return;
+  Router<C> router(p, end - begin, partial_counts, partial_prob);
+  for (; begin < end; begin += Router<C>::kTokens) router.route(begin, int(min(end - begin, Router<C>::kTokens)));
 }
 
 inline void route(const RouteParams& p, int64_t begin, int64_t end, int32_t* partial_counts, double* partial_prob) {

@@ -92,7 +92,7 @@ class RouterBackward {
   void add_weights() {
     const Score score = p_.options.score;
     const int64_t count = count_;
-    chosen_scores<double>(score, z_k_, count, {softmax_.max, softmax_.sum}, work_k_, s_k_);
+    score_chosen();
     through_renormalisation(count);
 
     if (score == Score::softmax) {
@@ -108,11 +108,24 @@ class RouterBackward {
     }
   }
 
+  void score_chosen() {
+    const int64_t padded = round_to_lanes<double>(count_);
+    if (p_.options.score == Score::softmax) {
+      for (int64_t k = 0; k < padded; k += kLanes<double>)
+        store<double>(s_k_ + k, exp<double>(load<double>(z_k_ + k) - double(softmax_.max)) * (1 / softmax_.sum));
+    } else if (p_.options.score == Score::softmax_selected) {
+      const double share = 1 / exponentials<double>(z_k_, padded, s_k_).sum;
+      for (int64_t k = 0; k < count_; ++k) s_k_[k] *= share;
+    } else {
+      scores<double>(p_.options.score, z_k_, padded, s_k_);
+    }
+  }
+
   // grad_k_ = the gradients of the chosen scores; adds those of the expert scales.
   void through_renormalisation(int64_t count) {
     const RouteOptions& options = p_.options;
     const C* grad_weights = static_cast<const C*>(p_.grad_weights);
-    const double by = denominator(options, s_k_, count);
+    const double by = denominator(options, count, [&](int64_t k) { return s_k_[k]; });
     double dot = 0, sum = 0;
     for (int64_t k = 0; k < count; ++k) {
       const double grad = double(grad_weights[slots_[k]]) * options.scale, normalised = s_k_[k] / by;
@@ -174,7 +187,7 @@ class RouterBackward {
   Buffer<int32_t> ids_;      // [K] the chosen experts in range
   Buffer<int64_t> slots_;    // [K] their slots
   int64_t count_ = 0;
-  Buffer<double> z_k_, work_k_;  // [K] their logits
+  Buffer<double> z_k_, work_k_;  // [K] their logits, the slopes of their scores
   Buffer<double> s_k_, grad_k_;  // [K] their scores, the gradients of these
   Exponentials<C> softmax_{};
   C share_ = 0;

@@ -26,14 +26,20 @@ MOE_INLINE void load_values(const S* from, int64_t count, C* z) {
   if (i < count) store<C>(z + i, load<C>(from + i, count - i));
 }
 
-// Row `row` of float64 values for C = double, of any other for C = float.
+// f(pointer to a row): of float64 values for C = double, of any other for C = float.
+template <class C, class F>
+MOE_INLINE void visit_row(const Matrix& matrix, int64_t row, const F& f) {
+  auto visit = [&]<class S>(S*)
+                   __attribute__((always_inline)) { f(static_cast<S*>(matrix.data) + row * matrix.stride); };
+  if constexpr (std::is_same_v<C, double>) visit(static_cast<double*>(nullptr));
+  else if (matrix.dtype == Dtype::float32) visit(static_cast<float*>(nullptr));
+  else if (matrix.dtype == Dtype::bfloat16) visit(static_cast<bfloat16*>(nullptr));
+  else visit(static_cast<float16*>(nullptr));
+}
+
 template <class C>
 MOE_INLINE void load_row(const Matrix& from, int64_t row, int64_t count, C* z) {
-  auto load_as = [&]<class S>(S*) { load_values<C>(static_cast<const S*>(from.data) + row * from.stride, count, z); };
-  if constexpr (std::is_same_v<C, double>) load_as(static_cast<double*>(nullptr));
-  else if (from.dtype == Dtype::float32) load_as(static_cast<float*>(nullptr));
-  else if (from.dtype == Dtype::bfloat16) load_as(static_cast<bfloat16*>(nullptr));
-  else load_as(static_cast<float16*>(nullptr));
+  visit_row<C>(from, row, [=](auto* values) { load_values<C>(values, count, z); });
   pad(z, count, kMinusInf<C>);
 }
 
@@ -46,11 +52,7 @@ MOE_INLINE void store_values(S* to, int64_t count, const C* values) {
 
 template <class C>
 MOE_INLINE void store_row(const Matrix& to, int64_t row, int64_t count, const C* values) {
-  auto store_as = [&]<class S>(S*) { store_values<C>(static_cast<S*>(to.data) + row * to.stride, count, values); };
-  if constexpr (std::is_same_v<C, double>) store_as(static_cast<double*>(nullptr));
-  else if (to.dtype == Dtype::float32) store_as(static_cast<float*>(nullptr));
-  else if (to.dtype == Dtype::bfloat16) store_as(static_cast<bfloat16*>(nullptr));
-  else store_as(static_cast<float16*>(nullptr));
+  visit_row<C>(to, row, [=](auto* out) { store_values<C>(out, count, values); });
 }
 
 // z = cap * tanh(z / cap); slope = dz / dlogit where asked for.
@@ -166,38 +168,31 @@ MOE_INLINE double scores(Score score, const C* z, int64_t count, C* out) {
 // Whether a score is a function of its own logit that mean_prob divides by the sum over the experts.
 inline bool is_elementwise(Score score) { return score == Score::sigmoid || score == Score::sqrtsoftplus; }
 
-// What the chosen scores of a token are divided by.
-MOE_INLINE double denominator(const RouteOptions& options, const double* scores, int64_t count) {
-  double sum = 0;
-  switch (options.renormalize) {
-    case Renormalize::none: return 1;
-    case Renormalize::pnorm:
-      for (int64_t k = 0; k < count; ++k) {
-        double size = __builtin_fabs(scores[k]);
-        sum += options.p == 1 ? size : options.p == 2 ? size * size : __builtin_pow(size, options.p);
-      }
-      return options.p == 1 ? sum : options.p == 2 ? __builtin_sqrt(sum) : __builtin_pow(sum, 1 / options.p);
-    default:
-      for (int64_t k = 0; k < count; ++k) sum += scores[k];
-      if (options.renormalize == Renormalize::sum) return sum + options.eps;
-      return sum < options.eps ? options.eps : sum;
-  }
+MOE_INLINE double power(double x, double p) {
+  return p == 1 ? x : p == 2 ? x * x : p == 0.5 ? __builtin_sqrt(x) : __builtin_pow(x, p);
+}
+MOE_INLINE Vec<double> power(Vec<double> x, double p) {
+  for (int i = 0; p != 1 && i < kLanes<double>; ++i) x[i] = power(x[i], p);
+  return x;
 }
 
-// From here on a token's few chosen scores are float64, so that a weight is rounded once. z, work, out [count, in whole
-// vectors of C], z padded with -inf; softmax is that of all experts.
-template <class C>
-MOE_INLINE void chosen_scores(Score score, const C* z, int64_t count, Exponentials<C> softmax, C* work, double* out) {
-  const int64_t padded = round_to_lanes<C>(count);
-  if (score == Score::softmax) {
-    for (int64_t k = 0; k < padded; k += kLanes<C>) store<C>(work + k, exp<C>(load<C>(z + k) - softmax.max));
-  } else if (score == Score::softmax_selected) {
-    softmax = exponentials<C>(z, padded, work);
-  } else {
-    scores<C>(score, z, padded, work);
+// What the chosen scores of a token are divided by, or those of several tokens: score(k), k < count.
+template <class F>
+MOE_INLINE auto denominator(const RouteOptions& options, int64_t count, const F& score) {
+  decltype(score(0)) sum{};
+  switch (options.renormalize) {
+    case Renormalize::none: return sum + 1;
+    case Renormalize::pnorm:
+      for (int64_t k = 0; k < count; ++k) {
+        const auto s = score(k);
+        sum += power(s < 0 ? -s : s, options.p);
+      }
+      return power(sum, 1 / options.p);
+    default:
+      for (int64_t k = 0; k < count; ++k) sum += score(k);
+      if (options.renormalize == Renormalize::sum) return sum + options.eps;
+      return sum < options.eps ? decltype(sum){} + options.eps : sum;
   }
-  const double share = score == Score::softmax || score == Score::softmax_selected ? 1 / softmax.sum : 1;
-  for (int64_t k = 0; k < count; k += kLanes<double>) store<double>(out + k, load<double>(work + k) * share);
 }
 
 }  // namespace moe::MOE_ISA

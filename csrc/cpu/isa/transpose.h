@@ -37,4 +37,21 @@ MOE_INLINE void transpose(Vec<E>* rows) {
   }
 }
 
+// columns [count, lanes] become rows [rows, count].
+template <class E>
+MOE_INLINE void store_rows(const E* columns, int64_t count, int rows, E* out) {
+  constexpr int n = kLanes<E>;
+  for (int64_t begin = 0; begin < count; begin += n) {
+    Vec<E> block[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) block[i] = begin + i < count ? load<E>(columns + (begin + i) * n) : Vec<E>{};
+    transpose<E>(block);
+    // A row that is shorter than a vector is stored with what the next one overwrites.
+    for (int i = 0; i < rows; ++i) {
+      const int64_t room = count <= n ? (rows - i) * count : count - begin;
+      store<E>(out + i * count + begin, block[i], room);
+    }
+  }
+}
+
 }  // namespace moe::MOE_ISA

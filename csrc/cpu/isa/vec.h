@@ -50,6 +50,15 @@ MOE_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
 }
 
+template <class T>
+MOE_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+MOE_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
+  return a > b ? b : a;
+}
+
 // The type a product is computed and accumulated in.
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
