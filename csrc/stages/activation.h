@@ -1,11 +1,17 @@
 // The activation between the two GEMMs and its derivative, shared by all devices. M is what a device computes with:
-// M::V a value or a vector of values, and constant, exp, tanh, erf, sigmoid, select(mask, a, b) on it; MOE_INLINE marks
-// its functions.
+// M::V a value or a vector of values, and constant, exp, sigmoid, normal_cdf, select(mask, a, b) on it; MOE_INLINE
+// marks its functions.
 #pragma once
 
 #include "stages/params.h"
 
 namespace moe {
+
+// Of the standard normal distribution.
+template <class V>
+struct Normal {
+  V cdf, density;
+};
 
 template <class M>
 struct ActivationMath {
@@ -18,7 +24,7 @@ struct ActivationMath {
   // f(z), and f'(z) where asked for.
   template <bool derivative>
   static MOE_INLINE Slope act(const Activation& activation, V z) {
-    const V one = M::constant(1), half = M::constant(0.5);
+    const V one = M::constant(1);
     switch (activation.act) {
       case Act::silu: {
         const V alpha = M::constant(activation.alpha);
@@ -28,17 +34,17 @@ struct ActivationMath {
         return {value, sigma + alpha * value * (one - sigma)};
       }
       case Act::gelu: {
-        const V cdf = half * (one + M::erf(z * M::constant(0.70710678118654752440)));
-        if constexpr (!derivative) return {z * cdf, cdf};
-        const V pdf = M::constant(0.39894228040143267794) * M::exp(-half * z * z);
-        return {z * cdf, cdf + z * pdf};
+        const Normal<V> normal = M::normal(z);
+        if constexpr (!derivative) return {z * normal.cdf, normal.cdf};
+        return {z * normal.cdf, normal.cdf + z * normal.density};
       }
       case Act::gelu_tanh: {  // Hendrycks & Gimpel 2016: 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
-        const V root = M::constant(0.79788456080286535588), cubic = M::constant(0.044715), square = z * z;
-        const V t = M::tanh(root * z * (one + cubic * square));
-        const V cdf = half * (one + t);
-        if constexpr (!derivative) return {z * cdf, cdf};
-        return {z * cdf, cdf + half * z * (one - t * t) * root * (one + M::constant(3) * cubic * square)};
+        constexpr double root = 0.79788456080286535588, cubic = 0.044715 * root;
+        const V linear = M::constant(2 * root), square = z * z;
+        const V cdf = M::sigmoid(z * (M::constant(2 * cubic) * square + linear));  // as 1 + tanh(x) is 2 sigmoid(2 x)
+        const V value = z * cdf;
+        if constexpr (!derivative) return {value, value};
+        return {value, cdf + value * (one - cdf) * (M::constant(6 * cubic) * square + linear)};
       }
       case Act::relu: {
         const V zero = M::constant(0);

@@ -1,8 +1,10 @@
 // What a warpgroup on sm_90a does with its sums before they are stored, straight from registers. wgmma leaves two
 // neighbouring columns of a row to a lane; the four lanes of a row exchange them, so that each has eight and loads and
 // stores 16 bytes. Where the activation is gated, gates stand in the first half of a tile's columns and the ups of the
-// same inner columns in the second, or, interleaved, side by side.
+// same inner columns in the second, or, interleaved, side by side. Results have 16 bits.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/arch/tma.cuh"
 #include "cuda/arch/wgmma.cuh"
@@ -13,8 +15,34 @@
 namespace moe {
 
 using Eight = arch::Pack<float, 8>;
+using Words = arch::Pack<uint32_t, 4>;  // eight values of two bytes
 
-// Rows of a matrix, read and written in chunks of n columns, of which `count` are there.
+template <class T>
+MOE_INLINE uint32_t rounded_pair(float low, float high) {
+  return bits_as<uint32_t>(arch::Pack<T, 2>{from_float<T>(low), from_float<T>(high)});
+}
+
+template <class T>
+MOE_INLINE Words rounded(const Eight& values) {
+  Words out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = rounded_pair<T>(values[2 * i], values[2 * i + 1]);
+  return out;
+}
+
+template <class T>
+MOE_INLINE Eight widened(const Words& words) {
+  const auto values = bits_as<arch::Pack<T, 8>>(words);
+  Eight out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = to_float(values[i]);
+  return out;
+}
+
+MOE_INLINE uint32_t lower_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+MOE_INLINE uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
+
+// Rows of a matrix, read and written in chunks of eight columns, of which n are there.
 template <class T>
 class ChunkRows {
  public:
@@ -26,25 +54,17 @@ class ChunkRows {
 
   MOE_INLINE explicit operator bool() const { return data_ != nullptr; }
 
-  MOE_INLINE arch::Pack<T, 8> load(int64_t row, int64_t col, int count) const {
-    return load_values<T, 8>(data_ + row * stride_ + col, count, aligned_);
+  MOE_INLINE Words load(int64_t row, int64_t col, int n) const {
+    return bits_as<Words>(load_values<T, 8>(data_ + row * stride_ + col, n, aligned_));
   }
 
-  template <int n>
-  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<T, n>& values, int count) const {
+  MOE_INLINE void store(int64_t row, int64_t col, const Words& words, int n) const {
     T* const to = data_ + row * stride_ + col;
-    if (aligned_ && count >= n) return arch::store_global(to, values);
+    if (aligned_ && n >= 8) return arch::store_global(to, words);
+    const auto values = bits_as<arch::Pack<T, 8>>(words);
 #pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (i < count) to[i] = values[i];
-  }
-
-  template <int n>
-  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<float, n>& values, int count) const {
-    arch::Pack<T, n> rounded;
-#pragma unroll
-    for (int i = 0; i < n; ++i) rounded[i] = from_float<T>(values[i]);
-    store(row, col, rounded, count);
+    for (int i = 0; i < 8; ++i)
+      if (i < n) to[i] = values[i];
   }
 
  private:
@@ -54,6 +74,7 @@ class ChunkRows {
 };
 
 // Of the four lanes of a row: pair i of lane q goes to pair q of lane i.
+MOE_INLINE void exchange_pairs(Words& pairs) { transpose_quad(pairs.values); }
 MOE_INLINE void exchange_pairs(Eight& pairs) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -66,16 +87,12 @@ MOE_INLINE void exchange_pairs(Eight& pairs) {
   }
 }
 
-// Where a lane stands: a row of the tile, and the first of eight columns of the products [rows, cols].
-struct Place {
-  int row, col;
-};
-
-// The sums [64 * kBlocks, cols] of a warpgroup, as wgmma leaves them.
+// The sums [64 * kBlocks, cols] of a warpgroup, as wgmma leaves them: of two rows of each block a lane has groups of 32
+// columns, four pairs of neighbours in each.
 template <int blocks, int cols>
 struct WarpgroupSums {
   static constexpr int kBlocks = blocks, kCols = cols;
-  static constexpr int kPiecesOfRow = cols / 32, kPieces = 2 * blocks * kPiecesOfRow;
+  static constexpr int kRows = 2 * blocks, kGroups = cols / 32, kPieces = kRows * kGroups;
 
   float values[blocks][cols / 2];
 
@@ -91,80 +108,132 @@ struct WarpgroupSums {
     for (int i = 0; i < blocks; ++i) arch::wgmma_hold(values[i]);
   }
 
-  // Where this lane stands in a piece of 32 columns. Pieces of the same row follow each other, and a piece of the
-  // second half of the columns the one of the first that it belongs to. row_begin: the warpgroup's first row.
-  static MOE_INLINE Place place(int piece, int row_begin) {
-    const int row = piece / kPiecesOfRow, col = piece % 2 * (cols / 2) + piece % kPiecesOfRow / 2 * 32;
-    return {row_begin + row / 2 * 64 + row % 2 * 8 + int(threadIdx.x) % 128 / 32 * 16 + arch::lane_id() / 4,
-            col + arch::lane_id() % 4 * 8};
+  // The lane's rows, among those of the warpgroup.
+  static MOE_INLINE int row(int i) {
+    return i / 2 * 64 + i % 2 * 8 + int(threadIdx.x) % 128 / 32 * 16 + arch::lane_id() / 4;
   }
 
-  // The lane's eight sums of a piece, with biases [cols] added. The pieces are told apart at run time, so that an
-  // epilogue is compiled once: by branches, as selecting from all of them would cost more than the rest of it.
-  MOE_INLINE Eight take(int piece, const float* bias) const {
-    Eight out = branch_to(piece);
-    exchange_pairs(out);
-    const int col = place(piece, 0).col;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] += bias[col + j];
-    return out;
-  }
-
-  // The same, rounded before the lanes exchange them: half as much is. For pieces known at compile time.
-  template <class T>
-  MOE_INLINE arch::Pack<T, 8> take_rounded(int piece, const float* bias) const {
-    const Eight sums = as_they_lie(piece);
-    const float* const own = bias + place(piece, 0).col - arch::lane_id() % 4 * 6;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const auto add = arch::load<arch::Pack<float, 2>>(own + 8 * i);
-      const arch::Pack<T, 2> pair{from_float<T>(sums[2 * i] + add[0]), from_float<T>(sums[2 * i + 1] + add[1])};
-      __builtin_memcpy(&words[i], &pair, 4);
-    }
-    transpose_quad(words);
-    arch::Pack<T, 8> out;
-    __builtin_memcpy(&out, words, 16);
-    return out;
-  }
-
- private:
-  MOE_INLINE Eight as_they_lie(int piece) const {
-    const int row = piece / kPiecesOfRow, group = piece % 2 * (cols / 16) + piece % kPiecesOfRow / 2 * 4;
-    Eight out;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = values[row / 2][4 * (group + j / 2) + row % 2 * 2 + j % 2];
-    return out;
-  }
-
-  MOE_INLINE Eight branch_to(int piece) const {
-    static_assert(kPieces == 16);
-    switch (piece) {
-      case 0: return as_they_lie(0);
-      case 1: return as_they_lie(1);
-      case 2: return as_they_lie(2);
-      case 3: return as_they_lie(3);
-      case 4: return as_they_lie(4);
-      case 5: return as_they_lie(5);
-      case 6: return as_they_lie(6);
-      case 7: return as_they_lie(7);
-      case 8: return as_they_lie(8);
-      case 9: return as_they_lie(9);
-      case 10: return as_they_lie(10);
-      case 11: return as_they_lie(11);
-      case 12: return as_they_lie(12);
-      case 13: return as_they_lie(13);
-      case 14: return as_they_lie(14);
-      default: return as_they_lie(15);
-    }
+  // Of piece row * kGroups + group: pair i has columns 8 i + 2 q and the next of its group, q being the lane's place
+  // among the four of a row.
+  MOE_INLINE float2 pair(int piece, int i) const {
+    const int row = piece / kGroups, at = 4 * (piece % kGroups * 4 + i) + row % 2 * 2;
+    return {values[row / 2][at], values[row / 2][at + 1]};
   }
 };
 
-// How many of n columns from `col` on are there.
-template <int n>
-MOE_INLINE int columns_left(const Tile& tile, int col) {
-  return max(min(tile.cols - col, n), 0);
+// f(std::integral_constant<int, index>) by one branch, so that what uses the result is compiled once: registers have no
+// run-time index, and to select from all of them would cost more than the rest of an epilogue.
+template <class F>
+MOE_INLINE void with_index(int index, const F& f) {
+  switch (index) {
+    case 0: return f(std::integral_constant<int, 0>());
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    case 8: return f(std::integral_constant<int, 8>());
+    case 9: return f(std::integral_constant<int, 9>());
+    case 10: return f(std::integral_constant<int, 10>());
+    case 11: return f(std::integral_constant<int, 11>());
+    case 12: return f(std::integral_constant<int, 12>());
+    case 13: return f(std::integral_constant<int, 13>());
+    case 14: return f(std::integral_constant<int, 14>());
+    default: return f(std::integral_constant<int, 15>());
+  }
 }
+
+// The biases [cols] of a group's pairs.
+struct PairBiases {
+  float2 pairs[4];
+
+  MOE_INLINE PairBiases(const float* bias, int group) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = arch::load<float2>(bias + 32 * group + 8 * i + arch::lane_id() % 4 * 2);
+  }
+
+  MOE_INLINE float2 add(int i, float2 pair) const { return {pair.x + pairs[i].x, pair.y + pairs[i].y}; }
+};
+
+// Eight sums of a lane as they lie, biases added.
+template <class Sums>
+MOE_INLINE Eight take(const Sums& sums, int row, int group, const float* bias) {
+  static_assert(Sums::kPieces == 16);
+  const PairBiases biases(bias, group);
+  Eight out;
+  with_index(row * Sums::kGroups + group, [&](auto index) {
+    constexpr int piece = decltype(index)::value;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = biases.add(i, sums.pair(piece, i));
+      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    }
+  });
+  return out;
+}
+
+// Gates and ups of eight inner columns of a lane: pair i of one group and of another, or, interleaved, column i of
+// both.
+struct GatesUps {
+  Eight gates, ups;
+};
+
+template <class Sums>
+MOE_INLINE GatesUps take_gated(const Sums& sums, int row, int group, bool interleaved, const float* bias) {
+  constexpr int half = Sums::kGroups / 2, pieces = Sums::kRows * half;
+  static_assert(2 * pieces == 16);
+  const PairBiases first_biases(bias, interleaved ? 2 * group : group);
+  const PairBiases second_biases(bias, interleaved ? 2 * group + 1 : half + group);
+  GatesUps out;
+  with_index((interleaved ? pieces : 0) + row * half + group, [&](auto index) {
+    constexpr int i = decltype(index)::value, group = i % half, begin = i % pieces / half * Sums::kGroups;
+    constexpr bool mixed = i >= pieces;
+    constexpr int first = begin + (mixed ? 2 * group : group), second = begin + (mixed ? 2 * group + 1 : half + group);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 a = first_biases.add(j, sums.pair(first, j)), b = second_biases.add(j, sums.pair(second, j));
+      if constexpr (mixed) {
+        out.gates[j] = a.x, out.ups[j] = a.y, out.gates[4 + j] = b.x, out.ups[4 + j] = b.y;
+      } else {
+        out.gates[2 * j] = a.x, out.gates[2 * j + 1] = a.y, out.ups[2 * j] = b.x, out.ups[2 * j + 1] = b.y;
+      }
+    }
+  });
+  return out;
+}
+
+inline constexpr Activation kDefaultActivation;
+
+// f(activation) with the activation's choices as constants of the code, so that a piece takes one branch and nothing of
+// what was not chosen. Limits, alpha and an offset cost instructions where there are some.
+template <class F>
+MOE_INLINE void with_constants(const Activation& activation, const F& f) {
+  constexpr Activation defaults = kDefaultActivation;
+  const bool usual = activation.limit == defaults.limit && activation.up_offset == 0 && activation.alpha == 1;
+  const auto choose = [&](Act act) {
+    Activation chosen = activation;
+    chosen.act = act;
+    if (!usual) return f(chosen);
+    chosen.alpha = 1, chosen.limit = defaults.limit, chosen.up_offset = -0.0;  // which leaves even -0 as it is
+    if (activation.gated) chosen.gated = true, f(chosen);
+    else chosen.gated = false, f(chosen);
+  };
+  switch (activation.act) {
+    case Act::silu: return choose(Act::silu);
+    case Act::gelu: return choose(Act::gelu);
+    case Act::gelu_tanh: return choose(Act::gelu_tanh);
+    case Act::relu: return choose(Act::relu);
+    case Act::relu2: return choose(Act::relu2);
+  }
+}
+
+// How many of eight columns from `col` on are there, of `cols`.
+MOE_INLINE int columns_left(int cols, int col) { return max(min(cols - col, 8), 0); }
+
+// The first of eight columns of group 0 that a lane stores.
+MOE_INLINE int lane_column() { return arch::lane_id() % 4 * 8; }
 
 template <class T, class Sums>
 MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
@@ -172,81 +241,79 @@ MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row
   const ChunkRows<T> out(p.out);
 #pragma unroll
   for (int piece = 0; piece < Sums::kPieces; ++piece) {
-    const Place at = Sums::place(piece, row_begin);
-    const auto values = sums.template take_rounded<T>(piece, bias);
-    if (at.row < tile.rows)
-      out.store(tile.row_begin + at.row, tile.col_begin + at.col, values, columns_left<8>(tile, at.col));
+    const int row = row_begin + Sums::row(piece / Sums::kGroups), group = piece % Sums::kGroups;
+    const PairBiases biases(bias, group);
+    Words words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = biases.add(i, sums.pair(piece, i));
+      words[i] = rounded_pair<T>(pair.x, pair.y);
+    }
+    exchange_pairs(words);
+    const int col = 32 * group + lane_column();
+    if (row < tile.rows) out.store(tile.row_begin + row, tile.col_begin + col, words, columns_left(tile.cols, col));
   }
 }
 
-MOE_INLINE Eight activated(const Activation& activation, const Eight& gate, const Eight& up) {
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = ActivationMath<FloatMath>::forward(activation, gate[i], up[i]);
-  return out;
-}
-
-// Four of the gates (which: 0) or ups (1) of eight interleaved columns each.
-MOE_INLINE Eight every_other(const Eight& first, const Eight& second, int which) {
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = first[2 * i + which], out[4 + i] = second[2 * i + which];
-  return out;
-}
-
-MOE_INLINE arch::Pack<float, 4> half_of(const Eight& values, int which) {
-  arch::Pack<float, 4> out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = values[4 * which + i];
-  return out;
-}
+// Whether rows of this warp are among the tile's, where `row` is one of this lane.
+MOE_INLINE bool any_row(const Tile& tile, int row) { return row - arch::lane_id() / 4 < tile.rows; }
 
 template <class T, class Sums>
 MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                               const float* bias) {
-  const Activation& activation = p.activation;
-  const int64_t inner = activation.gated ? p.n / 2 : p.n;
+  const bool gated = p.activation.gated, interleaved = gated && p.activation.interleaved;
+  const int64_t inner = gated ? p.n / 2 : p.n;
   const ChunkRows<T> out(p.out), pre(p.pre, inner);
 #pragma unroll 1
-  for (int piece = 0; piece < Sums::kPieces; piece += activation.gated ? 2 : 1) {
-    const Place at = Sums::place(piece, row_begin);
-    const Eight first = sums.take(piece, bias), second = activation.gated ? sums.take(piece + 1, bias) : first;
-    if (at.row >= tile.rows) continue;
-    const int64_t row = tile.row_begin + at.row, col = tile.col_begin + at.col;
-    if (activation.gated && activation.interleaved) {
-      constexpr int half = Sums::kCols / 2;
-      const int n = columns_left<4>(tile, at.col / 2), m = columns_left<4>(tile, (at.col + half) / 2);
-      const int64_t begin = tile.col_begin + at.col / 2;
+  for (int i = 0; i < Sums::kRows; ++i) {
+    const int row = row_begin + Sums::row(i);
+    if (!any_row(tile, row)) break;
+    const bool there = row < tile.rows;
+#pragma unroll 1
+    for (int group = 0; group < (gated ? Sums::kGroups / 2 : Sums::kGroups); ++group) {
+      GatesUps h;
+      if (gated) h = take_gated(sums, i, group, interleaved, bias);
+      else h.gates = h.ups = take(sums, i, group, bias);
+      const int col = 32 * group + lane_column(), n = there ? columns_left(tile.cols, col) : 0;
+      const int64_t of_row = tile.row_begin + row, of_out = tile.col_begin + col;
       if (pre) {
-        pre.store(row, 2 * begin, first, 2 * n);
-        pre.store(row, 2 * begin + half, second, 2 * m);
+        Words first, second;
+        if (interleaved) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            first[j] = rounded_pair<T>(h.gates[j], h.ups[j]);
+            second[j] = rounded_pair<T>(h.gates[4 + j], h.ups[4 + j]);
+          }
+        } else {
+          first = rounded<T>(h.gates), second = rounded<T>(h.ups);
+        }
+        exchange_pairs(first);
+        if (gated) exchange_pairs(second);
+        if (interleaved) {
+          const int at = 64 * group + lane_column(), cols = there ? 2 * tile.cols : 0;
+          pre.store(of_row, 2 * tile.col_begin + at, first, columns_left(cols, at));
+          pre.store(of_row, 2 * tile.col_begin + at + 32, second, columns_left(cols, at + 32));
+        } else {
+          pre.store(of_row, of_out, first, n);
+          if (gated) pre.store(of_row, inner + of_out, second, n);
+        }
       }
-      const Eight a = activated(activation, every_other(first, second, 0), every_other(first, second, 1));
-      out.store(row, begin, half_of(a, 0), n);
-      out.store(row, begin + half / 2, half_of(a, 1), m);
-    } else {
-      const int n = columns_left<8>(tile, at.col);
-      if (pre) {
-        pre.store(row, col, first, n);
-        if (activation.gated) pre.store(row, inner + col, second, n);
-      }
-      out.store(row, col, activated(activation, first, second), n);
+      Words values;
+      with_constants(p.activation, [&](const Activation& activation) {
+        Eight a;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = ActivationMath<MathFor<T>>::forward(activation, h.gates[j], h.ups[j]);
+        values = rounded<T>(a);
+      });
+      exchange_pairs(values);
+      // Interleaved, lane q has got columns q and q + 4 of each run of eight, not 2 q and 2 q + 1.
+      if (interleaved)
+        values = {lower_halves(values[0], values[1]), lower_halves(values[2], values[3]),
+                  upper_halves(values[0], values[1]), upper_halves(values[2], values[3])};
+      out.store(of_row, of_out, values, n);
     }
   }
 }
-
-// Gates and ups of eight inner columns, or their gradients, as they lie: two runs of eight.
-template <class T>
-struct GateUpChunks {
-  arch::Pack<T, 8> first, second;
-
-  MOE_INLINE T& gate(int i, bool interleaved) {
-    return !interleaved ? first[i] : i < 4 ? first[2 * i] : second[2 * i - 8];
-  }
-  MOE_INLINE T& up(int i, bool interleaved) {
-    return !interleaved ? second[i] : i < 4 ? first[2 * i + 1] : second[2 * i - 7];
-  }
-};
 
 // What the backward epilogue reads of H for a warpgroup's rows, asked to be in L2 before the products are there.
 template <class T>
@@ -264,66 +331,115 @@ MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int ro
   }
 }
 
+// Gates and ups of eight inner columns, or their gradients, as they lie in memory: two runs of eight.
+template <class T>
+class GateUpRows {
+ public:
+  struct Chunks {
+    Words first, second;
+  };
+
+  MOE_INLINE GateUpRows(const Matrix& matrix, const Activation& activation, int64_t inner)
+      : rows_(matrix, inner),
+        inner_(inner),
+        gated_(activation.gated),
+        interleaved_(activation.gated && activation.interleaved) {}
+
+  // n of the eight are there, the others zeros.
+  MOE_INLINE Chunks load(int64_t row, int64_t col, int n) const {
+    Chunks out{};
+    if (n == 0) return out;
+    out.first = rows_.load(row, first(col), first_count(n));
+    if (gated_) out.second = rows_.load(row, second(col), second_count(n));
+    return out;
+  }
+
+  MOE_INLINE GatesUps split(const Chunks& chunks) const {
+    Chunks h = chunks;
+    if (interleaved_) {
+      const Words& a = chunks.first;
+      const Words& b = chunks.second;
+      h.first = {lower_halves(a[0], a[1]), lower_halves(a[2], a[3]), lower_halves(b[0], b[1]),
+                 lower_halves(b[2], b[3])};
+      h.second = {upper_halves(a[0], a[1]), upper_halves(a[2], a[3]), upper_halves(b[0], b[1]),
+                  upper_halves(b[2], b[3])};
+    }
+    return {widened<T>(h.first), widened<T>(h.second)};
+  }
+
+  MOE_INLINE void store(int64_t row, int64_t col, const Words& gates, const Words& ups, int n) const {
+    Chunks h{gates, ups};
+    if (interleaved_) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t low = lower_halves(gates[i], ups[i]), high = upper_halves(gates[i], ups[i]);
+        (i < 2 ? h.first : h.second)[2 * i % 4] = low, (i < 2 ? h.first : h.second)[2 * i % 4 + 1] = high;
+      }
+    }
+    rows_.store(row, first(col), h.first, first_count(n));
+    if (gated_) rows_.store(row, second(col), h.second, second_count(n));
+  }
+
+ private:
+  MOE_INLINE int64_t first(int64_t col) const { return interleaved_ ? 2 * col : col; }
+  MOE_INLINE int64_t second(int64_t col) const { return interleaved_ ? 2 * col + 8 : inner_ + col; }
+  MOE_INLINE int first_count(int n) const { return interleaved_ ? min(2 * n, 8) : n; }
+  MOE_INLINE int second_count(int n) const { return interleaved_ ? max(2 * n - 8, 0) : n; }
+
+  ChunkRows<T> rows_;
+  int64_t inner_;
+  bool gated_, interleaved_;
+};
+
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
 // parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a piece ahead.
 template <class T, class Sums>
 MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                                        const float* bias, float* parts, int col_tiles) {
-  const Activation& activation = p.activation;
-  const bool gated = activation.gated, interleaved = gated && activation.interleaved;
-  const ChunkRows<T> out(p.out), pre(p.pre, p.n), grad_pre(p.grad_pre, p.n);
-  const auto counts = [&](int n) { return interleaved ? min(2 * n, 8) : n; };
-  const auto more = [&](int n) { return !gated ? 0 : interleaved ? max(2 * n - 8, 0) : n; };
-  const auto column = [&](int64_t i) { return interleaved ? 2 * i : i; };
-  const auto second_column = [&](int64_t i) { return interleaved ? 2 * i + 8 : p.n + i; };
-  const auto read_pre = [&](int piece, GateUpChunks<T>& to) {
-    const Place at = Sums::place(piece, row_begin);
-    const int n = columns_left<8>(tile, at.col);
-    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + at.col;
-    if (piece >= Sums::kPieces || at.row >= tile.rows || n == 0) return;
-    to.first = pre.load(row, column(i), counts(n));
-    if (gated) to.second = pre.load(row, second_column(i), more(n));
-  };
-
-  GateUpChunks<T> next{};
-  read_pre(0, next);
-  float share = 0, score = 1;
+  const ChunkRows<T> out(p.out);
+  const GateUpRows<T> pre(p.pre, p.activation, p.n), grad_pre(p.grad_pre, p.activation, p.n);
+  const auto count = [&](int group) { return columns_left(tile.cols, 32 * group + lane_column()); };
 #pragma unroll 1
-  for (int piece = 0; piece < Sums::kPieces; ++piece) {
-    GateUpChunks<T> h = next;
-    read_pre(piece + 1, next);
-    const Place at = Sums::place(piece, row_begin);
-    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + at.col;
-    const bool there = at.row < tile.rows;
-    const int n = there ? columns_left<8>(tile, at.col) : 0;
-    const Eight grad = sums.take(piece, bias);
-    if (piece % Sums::kPiecesOfRow == 0) {
-      share = 0;
-      score = p.score.data && there ? read(p.score, slot_of(p.a, row)) : 1;
-    }
-    arch::Pack<T, 8> values, grad_gate, grad_up;
+  for (int i = 0; i < Sums::kRows; ++i) {
+    const int row = row_begin + Sums::row(i);
+    if (!any_row(tile, row)) break;
+    const bool there = row < tile.rows;
+    const int64_t of_row = tile.row_begin + row, of_out = tile.col_begin + lane_column();
+    const float score = p.score.data && there ? read(p.score, slot_of(p.a, of_row)) : 1;
+    auto next = pre.load(of_row, of_out, there ? count(0) : 0);
+    float share = 0;
+#pragma unroll 1
+    for (int group = 0; group < Sums::kGroups; ++group) {
+      const int64_t col = of_out + 32 * group;
+      const int n = there ? count(group) : 0;
+      const GatesUps h = pre.split(next);
+      if (group + 1 < Sums::kGroups) next = pre.load(of_row, col + 32, there ? count(group + 1) : 0);
+      Eight grad = take(sums, i, group, bias);
+      exchange_pairs(grad);
+      if (n < 8) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float gate = to_float(h.gate(j, interleaved)), up = to_float(h.up(j, interleaved));
-      const auto d = ActivationMath<FloatMath>::backward(activation, gate, up, score * grad[j]);
-      values[j] = from_float<T>(score * d.value);
-      grad_gate[j] = from_float<T>(d.gate), grad_up[j] = from_float<T>(d.up);
-      share += j < n ? grad[j] * d.value : 0;
-    }
-    if (n > 0) {
-      GateUpChunks<T> grad_h{grad_gate, grad_up};
-      if (interleaved) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) grad_h.gate(j, true) = grad_gate[j], grad_h.up(j, true) = grad_up[j];
+        for (int j = 0; j < 8; ++j) grad[j] = j < n ? grad[j] : 0;  // of none, and not to be added
       }
-      out.store(row, i, values, n);
-      grad_pre.store(row, column(i), grad_h.first, counts(n));
-      if (gated) grad_pre.store(row, second_column(i), grad_h.second, more(n));
+      Words values, gates, ups;
+      with_constants(p.activation, [&](const Activation& activation) {
+        Eight scaled, grad_gates, grad_ups;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const auto d = ActivationMath<MathFor<T>>::backward(activation, h.gates[j], h.ups[j], score * grad[j]);
+          scaled[j] = score * d.value, grad_gates[j] = d.gate, grad_ups[j] = d.up;
+          share += grad[j] * d.value;
+        }
+        values = rounded<T>(scaled), gates = rounded<T>(grad_gates), ups = rounded<T>(grad_ups);
+      });
+      if (n > 0) {
+        out.store(of_row, col, values, n);
+        grad_pre.store(of_row, col, gates, ups, n);
+      }
     }
-    if (parts && (piece + 1) % Sums::kPiecesOfRow == 0) {
+    if (parts) {
       share += arch::shuffle_xor(share, 1);
       share += arch::shuffle_xor(share, 2);
-      if (there && arch::lane_id() % 4 == 0) parts[row * col_tiles + tile.col_begin / Sums::kCols] = share;
+      if (there && arch::lane_id() % 4 == 0) parts[of_row * col_tiles + tile.col_begin / Sums::kCols] = share;
     }
   }
 }
