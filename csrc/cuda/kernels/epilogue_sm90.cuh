@@ -87,12 +87,11 @@ MOE_INLINE void exchange_pairs(Eight& pairs) {
   }
 }
 
-// The sums [64 * kBlocks, cols] of a warpgroup, as wgmma leaves them: of two rows of each block a lane has groups of 32
-// columns, four pairs of neighbours in each.
+// The sums [64 * kBlocks, cols] of a warpgroup, as wgmma leaves them: a lane has two rows of each block, eight apart,
+// and of groups of 32 columns four pairs of neighbours.
 template <int blocks, int cols>
 struct WarpgroupSums {
-  static constexpr int kBlocks = blocks, kCols = cols;
-  static constexpr int kRows = 2 * blocks, kGroups = cols / 32, kPieces = kRows * kGroups;
+  static constexpr int kBlocks = blocks, kCols = cols, kRows = 2 * blocks, kGroups = cols / 32;
 
   float values[blocks][cols / 2];
 
@@ -113,39 +112,24 @@ struct WarpgroupSums {
     return i / 2 * 64 + i % 2 * 8 + int(threadIdx.x) % 128 / 32 * 16 + arch::lane_id() / 4;
   }
 
-  // Of piece row * kGroups + group: pair i has columns 8 i + 2 q and the next of its group, q being the lane's place
-  // among the four of a row.
-  MOE_INLINE float2 pair(int piece, int i) const {
-    const int row = piece / kGroups, at = 4 * (piece % kGroups * 4 + i) + row % 2 * 2;
-    return {values[row / 2][at], values[row / 2][at + 1]};
+  // Of row i: columns 8 j + 2 q and the next of a group, q being the lane's place among the four of a row.
+  MOE_INLINE float2 pair(int i, int group, int j) const {
+    const int at = 4 * (group * 4 + j) + i % 2 * 2;
+    return {values[i / 2][at], values[i / 2][at + 1]};
   }
 };
 
-// f(std::integral_constant<int, index>) by one branch, so that what uses the result is compiled once: registers have no
-// run-time index, and to select from all of them would cost more than the rest of an epilogue.
-template <class F>
+// f(std::integral_constant<int, index>), begin <= index < end, by branches, so that what uses the result is compiled
+// once: registers have no run-time index, and to select from all of them would cost more than the rest of an epilogue.
+template <int begin, int end, class F>
 MOE_INLINE void with_index(int index, const F& f) {
-  switch (index) {
-    case 0: return f(std::integral_constant<int, 0>());
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 6: return f(std::integral_constant<int, 6>());
-    case 7: return f(std::integral_constant<int, 7>());
-    case 8: return f(std::integral_constant<int, 8>());
-    case 9: return f(std::integral_constant<int, 9>());
-    case 10: return f(std::integral_constant<int, 10>());
-    case 11: return f(std::integral_constant<int, 11>());
-    case 12: return f(std::integral_constant<int, 12>());
-    case 13: return f(std::integral_constant<int, 13>());
-    case 14: return f(std::integral_constant<int, 14>());
-    default: return f(std::integral_constant<int, 15>());
-  }
+  constexpr int middle = (begin + end) / 2;
+  if constexpr (begin == middle) f(std::integral_constant<int, begin>());
+  else if (index < middle) with_index<begin, middle>(index, f);
+  else with_index<middle, end>(index, f);
 }
 
-// The biases [cols] of a group's pairs.
+// The biases of a group's pairs, added as sums are taken.
 struct PairBiases {
   float2 pairs[4];
 
@@ -160,40 +144,39 @@ struct PairBiases {
 // Eight sums of a lane as they lie, biases added.
 template <class Sums>
 MOE_INLINE Eight take(const Sums& sums, int row, int group, const float* bias) {
-  static_assert(Sums::kPieces == 16);
   const PairBiases biases(bias, group);
   Eight out;
-  with_index(row * Sums::kGroups + group, [&](auto index) {
-    constexpr int piece = decltype(index)::value;
+  with_index<0, Sums::kRows * Sums::kGroups>(row * Sums::kGroups + group, [&](auto index) {
+    constexpr int row = decltype(index)::value / Sums::kGroups, group = decltype(index)::value % Sums::kGroups;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = biases.add(i, sums.pair(piece, i));
-      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = biases.add(j, sums.pair(row, group, j));
+      out[2 * j] = pair.x, out[2 * j + 1] = pair.y;
     }
   });
   return out;
 }
 
-// Gates and ups of eight inner columns of a lane: pair i of one group and of another, or, interleaved, column i of
-// both.
+// Gates and ups of eight inner columns: pair i of one group and of another, or, interleaved, pairs of two groups side
+// by side.
 struct GatesUps {
   Eight gates, ups;
 };
 
 template <class Sums>
 MOE_INLINE GatesUps take_gated(const Sums& sums, int row, int group, bool interleaved, const float* bias) {
-  constexpr int half = Sums::kGroups / 2, pieces = Sums::kRows * half;
-  static_assert(2 * pieces == 16);
+  constexpr int groups = Sums::kGroups / 2, count = Sums::kRows * groups;
   const PairBiases first_biases(bias, interleaved ? 2 * group : group);
-  const PairBiases second_biases(bias, interleaved ? 2 * group + 1 : half + group);
+  const PairBiases second_biases(bias, interleaved ? 2 * group + 1 : groups + group);
   GatesUps out;
-  with_index((interleaved ? pieces : 0) + row * half + group, [&](auto index) {
-    constexpr int i = decltype(index)::value, group = i % half, begin = i % pieces / half * Sums::kGroups;
-    constexpr bool mixed = i >= pieces;
-    constexpr int first = begin + (mixed ? 2 * group : group), second = begin + (mixed ? 2 * group + 1 : half + group);
+  with_index<0, 2 * count>((interleaved ? count : 0) + row * groups + group, [&](auto index) {
+    constexpr int i = decltype(index)::value % count, row = i / groups, group = i % groups;
+    constexpr bool mixed = decltype(index)::value >= count;
+    constexpr int first = mixed ? 2 * group : group, second = mixed ? 2 * group + 1 : groups + group;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float2 a = first_biases.add(j, sums.pair(first, j)), b = second_biases.add(j, sums.pair(second, j));
+      const float2 a = first_biases.add(j, sums.pair(row, first, j));
+      const float2 b = second_biases.add(j, sums.pair(row, second, j));
       if constexpr (mixed) {
         out.gates[j] = a.x, out.ups[j] = a.y, out.gates[4 + j] = b.x, out.ups[4 + j] = b.y;
       } else {
@@ -204,19 +187,20 @@ MOE_INLINE GatesUps take_gated(const Sums& sums, int row, int group, bool interl
   return out;
 }
 
-inline constexpr Activation kDefaultActivation;
+// Whether there is neither a limit nor an alpha nor an offset, which cost instructions.
+MOE_INLINE bool is_usual(const Activation& activation) {
+  return activation.limit == HUGE_VAL && activation.up_offset == 0 && activation.alpha == 1;
+}
 
 // f(activation) with the activation's choices as constants of the code, so that a piece takes one branch and nothing of
-// what was not chosen. Limits, alpha and an offset cost instructions where there are some.
+// what was not chosen.
 template <class F>
-MOE_INLINE void with_constants(const Activation& activation, const F& f) {
-  constexpr Activation defaults = kDefaultActivation;
-  const bool usual = activation.limit == defaults.limit && activation.up_offset == 0 && activation.alpha == 1;
+MOE_INLINE void with_constants(const Activation& activation, bool usual, const F& f) {
   const auto choose = [&](Act act) {
     Activation chosen = activation;
     chosen.act = act;
     if (!usual) return f(chosen);
-    chosen.alpha = 1, chosen.limit = defaults.limit, chosen.up_offset = -0.0;  // which leaves even -0 as it is
+    chosen.alpha = 1, chosen.limit = HUGE_VAL, chosen.up_offset = -0.0;  // which leaves even -0 as it is
     if (activation.gated) chosen.gated = true, f(chosen);
     else chosen.gated = false, f(chosen);
   };
@@ -235,82 +219,87 @@ MOE_INLINE int columns_left(int cols, int col) { return max(min(cols - col, 8), 
 // The first of eight columns of group 0 that a lane stores.
 MOE_INLINE int lane_column() { return arch::lane_id() % 4 * 8; }
 
+// Whether rows of this warp are among the tile's, where `row` is one of this lane.
+MOE_INLINE bool any_row(const Tile& tile, int row) { return row - arch::lane_id() / 4 < tile.rows; }
+
 template <class T, class Sums>
 MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                            const float* bias) {
   const ChunkRows<T> out(p.out);
 #pragma unroll
-  for (int piece = 0; piece < Sums::kPieces; ++piece) {
-    const int row = row_begin + Sums::row(piece / Sums::kGroups), group = piece % Sums::kGroups;
-    const PairBiases biases(bias, group);
-    Words words;
+  for (int i = 0; i < Sums::kRows; ++i)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = biases.add(i, sums.pair(piece, i));
-      words[i] = rounded_pair<T>(pair.x, pair.y);
+    for (int group = 0; group < Sums::kGroups; ++group) {
+      const PairBiases biases(bias, group);
+      Words words;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = biases.add(j, sums.pair(i, group, j));
+        words[j] = rounded_pair<T>(pair.x, pair.y);
+      }
+      exchange_pairs(words);
+      const int row = row_begin + Sums::row(i), col = 32 * group + lane_column();
+      if (row < tile.rows) out.store(tile.row_begin + row, tile.col_begin + col, words, columns_left(tile.cols, col));
     }
-    exchange_pairs(words);
-    const int col = 32 * group + lane_column();
-    if (row < tile.rows) out.store(tile.row_begin + row, tile.col_begin + col, words, columns_left(tile.cols, col));
-  }
 }
 
-// Whether rows of this warp are among the tile's, where `row` is one of this lane.
-MOE_INLINE bool any_row(const Tile& tile, int row) { return row - arch::lane_id() / 4 < tile.rows; }
+// Columns 32 group.. of the pre-activation, as take_gated and take give them.
+template <class T>
+MOE_INLINE void store_pre(const GroupedGemmParams& p, const ChunkRows<T>& pre, const GatesUps& h, int64_t row,
+                          int64_t col_begin, int group, int cols) {
+  const int col = 32 * group + lane_column();
+  Words first, second;
+  if (p.activation.gated && p.activation.interleaved) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      first[j] = rounded_pair<T>(h.gates[j], h.ups[j]);
+      second[j] = rounded_pair<T>(h.gates[4 + j], h.ups[4 + j]);
+    }
+    exchange_pairs(first);
+    exchange_pairs(second);
+    const int at = 64 * group + lane_column();
+    pre.store(row, 2 * col_begin + at, first, columns_left(2 * cols, at));
+    pre.store(row, 2 * col_begin + at + 32, second, columns_left(2 * cols, at + 32));
+  } else {
+    first = rounded<T>(h.gates);
+    exchange_pairs(first);
+    pre.store(row, col_begin + col, first, columns_left(cols, col));
+    if (!p.activation.gated) return;
+    second = rounded<T>(h.ups);
+    exchange_pairs(second);
+    pre.store(row, p.n / 2 + col_begin + col, second, columns_left(cols, col));
+  }
+}
 
 template <class T, class Sums>
 MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                               const float* bias) {
   const bool gated = p.activation.gated, interleaved = gated && p.activation.interleaved;
-  const int64_t inner = gated ? p.n / 2 : p.n;
-  const ChunkRows<T> out(p.out), pre(p.pre, inner);
+  const bool usual = is_usual(p.activation);
+  const ChunkRows<T> out(p.out), pre(p.pre, gated ? p.n / 2 : p.n);
 #pragma unroll 1
   for (int i = 0; i < Sums::kRows; ++i) {
-    const int row = row_begin + Sums::row(i);
+    const int row = row_begin + Sums::row(i), cols = row < tile.rows ? tile.cols : 0;
     if (!any_row(tile, row)) break;
-    const bool there = row < tile.rows;
 #pragma unroll 1
     for (int group = 0; group < (gated ? Sums::kGroups / 2 : Sums::kGroups); ++group) {
       GatesUps h;
       if (gated) h = take_gated(sums, i, group, interleaved, bias);
-      else h.gates = h.ups = take(sums, i, group, bias);
-      const int col = 32 * group + lane_column(), n = there ? columns_left(tile.cols, col) : 0;
-      const int64_t of_row = tile.row_begin + row, of_out = tile.col_begin + col;
-      if (pre) {
-        Words first, second;
-        if (interleaved) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            first[j] = rounded_pair<T>(h.gates[j], h.ups[j]);
-            second[j] = rounded_pair<T>(h.gates[4 + j], h.ups[4 + j]);
-          }
-        } else {
-          first = rounded<T>(h.gates), second = rounded<T>(h.ups);
-        }
-        exchange_pairs(first);
-        if (gated) exchange_pairs(second);
-        if (interleaved) {
-          const int at = 64 * group + lane_column(), cols = there ? 2 * tile.cols : 0;
-          pre.store(of_row, 2 * tile.col_begin + at, first, columns_left(cols, at));
-          pre.store(of_row, 2 * tile.col_begin + at + 32, second, columns_left(cols, at + 32));
-        } else {
-          pre.store(of_row, of_out, first, n);
-          if (gated) pre.store(of_row, inner + of_out, second, n);
-        }
-      }
+      else h.gates = take(sums, i, group, bias);
+      if (pre) store_pre(p, pre, h, tile.row_begin + row, tile.col_begin, group, cols);
       Words values;
-      with_constants(p.activation, [&](const Activation& activation) {
+      with_constants(p.activation, usual, [&](const Activation& activation) {
         Eight a;
 #pragma unroll
         for (int j = 0; j < 8; ++j) a[j] = ActivationMath<MathFor<T>>::forward(activation, h.gates[j], h.ups[j]);
         values = rounded<T>(a);
       });
       exchange_pairs(values);
-      // Interleaved, lane q has got columns q and q + 4 of each run of eight, not 2 q and 2 q + 1.
-      if (interleaved)
+      if (interleaved)  // a lane has got columns 0 4, 1 5, 2 6 and 3 7 of its eight
         values = {lower_halves(values[0], values[1]), lower_halves(values[2], values[3]),
                   upper_halves(values[0], values[1]), upper_halves(values[2], values[3])};
-      out.store(of_row, of_out, values, n);
+      const int col = 32 * group + lane_column();
+      out.store(tile.row_begin + row, tile.col_begin + col, values, columns_left(cols, col));
     }
   }
 }
@@ -331,53 +320,48 @@ MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int ro
   }
 }
 
-// Gates and ups of eight inner columns, or their gradients, as they lie in memory: two runs of eight.
+// Gates and ups of eight inner columns, or their gradients: where they are interleaved, two runs of four of each.
+struct GateUpWords {
+  Words gates, ups;
+
+  MOE_INLINE GateUpWords unzipped() const {
+    const Words &a = gates, &b = ups;
+    return {{lower_halves(a[0], a[1]), lower_halves(a[2], a[3]), lower_halves(b[0], b[1]), lower_halves(b[2], b[3])},
+            {upper_halves(a[0], a[1]), upper_halves(a[2], a[3]), upper_halves(b[0], b[1]), upper_halves(b[2], b[3])}};
+  }
+  MOE_INLINE GateUpWords zipped() const {
+    GateUpWords out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Words& run = i < 2 ? out.gates : out.ups;
+      run[i % 2 * 2] = lower_halves(gates[i], ups[i]), run[i % 2 * 2 + 1] = upper_halves(gates[i], ups[i]);
+    }
+    return out;
+  }
+};
+
+// The rows of such, as they lie in memory: all gates before all ups, or side by side.
 template <class T>
 class GateUpRows {
  public:
-  struct Chunks {
-    Words first, second;
-  };
-
   MOE_INLINE GateUpRows(const Matrix& matrix, const Activation& activation, int64_t inner)
       : rows_(matrix, inner),
         inner_(inner),
         gated_(activation.gated),
         interleaved_(activation.gated && activation.interleaved) {}
 
-  // n of the eight are there, the others zeros.
-  MOE_INLINE Chunks load(int64_t row, int64_t col, int n) const {
-    Chunks out{};
+  // n of the eight columns are there; the others, and the ups of what has none, are zeros.
+  MOE_INLINE GateUpWords load(int64_t row, int64_t col, int n) const {
+    GateUpWords out{};
     if (n == 0) return out;
-    out.first = rows_.load(row, first(col), first_count(n));
-    if (gated_) out.second = rows_.load(row, second(col), second_count(n));
+    out.gates = rows_.load(row, first(col), first_count(n));
+    if (gated_) out.ups = rows_.load(row, second(col), second_count(n));
     return out;
   }
 
-  MOE_INLINE GatesUps split(const Chunks& chunks) const {
-    Chunks h = chunks;
-    if (interleaved_) {
-      const Words& a = chunks.first;
-      const Words& b = chunks.second;
-      h.first = {lower_halves(a[0], a[1]), lower_halves(a[2], a[3]), lower_halves(b[0], b[1]),
-                 lower_halves(b[2], b[3])};
-      h.second = {upper_halves(a[0], a[1]), upper_halves(a[2], a[3]), upper_halves(b[0], b[1]),
-                  upper_halves(b[2], b[3])};
-    }
-    return {widened<T>(h.first), widened<T>(h.second)};
-  }
-
-  MOE_INLINE void store(int64_t row, int64_t col, const Words& gates, const Words& ups, int n) const {
-    Chunks h{gates, ups};
-    if (interleaved_) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t low = lower_halves(gates[i], ups[i]), high = upper_halves(gates[i], ups[i]);
-        (i < 2 ? h.first : h.second)[2 * i % 4] = low, (i < 2 ? h.first : h.second)[2 * i % 4 + 1] = high;
-      }
-    }
-    rows_.store(row, first(col), h.first, first_count(n));
-    if (gated_) rows_.store(row, second(col), h.second, second_count(n));
+  MOE_INLINE void store(int64_t row, int64_t col, const GateUpWords& h, int n) const {
+    rows_.store(row, first(col), h.gates, first_count(n));
+    if (gated_) rows_.store(row, second(col), h.ups, second_count(n));
   }
 
  private:
@@ -392,48 +376,53 @@ class GateUpRows {
 };
 
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
-// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a piece ahead.
+// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a group ahead.
 template <class T, class Sums>
 MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                                        const float* bias, float* parts, int col_tiles) {
+  const bool usual = is_usual(p.activation), interleaved = p.activation.gated && p.activation.interleaved;
   const ChunkRows<T> out(p.out);
   const GateUpRows<T> pre(p.pre, p.activation, p.n), grad_pre(p.grad_pre, p.activation, p.n);
-  const auto count = [&](int group) { return columns_left(tile.cols, 32 * group + lane_column()); };
 #pragma unroll 1
   for (int i = 0; i < Sums::kRows; ++i) {
     const int row = row_begin + Sums::row(i);
     if (!any_row(tile, row)) break;
     const bool there = row < tile.rows;
     const int64_t of_row = tile.row_begin + row, of_out = tile.col_begin + lane_column();
+    const auto count = [&](int group) { return there ? columns_left(tile.cols, 32 * group + lane_column()) : 0; };
     const float score = p.score.data && there ? read(p.score, slot_of(p.a, of_row)) : 1;
-    auto next = pre.load(of_row, of_out, there ? count(0) : 0);
+    auto next = pre.load(of_row, of_out, count(0));
     float share = 0;
 #pragma unroll 1
     for (int group = 0; group < Sums::kGroups; ++group) {
       const int64_t col = of_out + 32 * group;
-      const int n = there ? count(group) : 0;
-      const GatesUps h = pre.split(next);
-      if (group + 1 < Sums::kGroups) next = pre.load(of_row, col + 32, there ? count(group + 1) : 0);
+      const int n = count(group);
+      const GateUpWords h = interleaved ? next.unzipped() : next;
+      if (group + 1 < Sums::kGroups) next = pre.load(of_row, col + 32, count(group + 1));
       Eight grad = take(sums, i, group, bias);
       exchange_pairs(grad);
       if (n < 8) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) grad[j] = j < n ? grad[j] : 0;  // of none, and not to be added
+        for (int j = 0; j < 8; ++j) grad[j] = j < n ? grad[j] : 0;  // others are not to be added
       }
-      Words values, gates, ups;
-      with_constants(p.activation, [&](const Activation& activation) {
+      Words values;
+      GateUpWords grad_h;
+      with_constants(p.activation, usual, [&](const Activation& activation) {
+        const Eight gate = widened<T>(h.gates), up = widened<T>(h.ups);
         Eight scaled, grad_gates, grad_ups;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const auto d = ActivationMath<MathFor<T>>::backward(activation, h.gates[j], h.ups[j], score * grad[j]);
+          const auto d = ActivationMath<MathFor<T>>::backward(activation, gate[j], up[j], score * grad[j]);
           scaled[j] = score * d.value, grad_gates[j] = d.gate, grad_ups[j] = d.up;
           share += grad[j] * d.value;
         }
-        values = rounded<T>(scaled), gates = rounded<T>(grad_gates), ups = rounded<T>(grad_ups);
+        values = rounded<T>(scaled);
+        grad_h = {rounded<T>(grad_gates), rounded<T>(grad_ups)};
       });
+      if (interleaved) grad_h = grad_h.zipped();
       if (n > 0) {
         out.store(of_row, col, values, n);
-        grad_pre.store(of_row, col, gates, ups, n);
+        grad_pre.store(of_row, col, grad_h, n);
       }
     }
     if (parts) {
