@@ -58,11 +58,20 @@ struct ActivationMath {
     __builtin_unreachable();
   }
 
+  static MOE_INLINE V limited_gate(const Activation& activation, V gate) {
+    const V limit = M::constant(activation.limit);
+    return M::select(gate > limit, limit, gate);
+  }
+
+  static MOE_INLINE V factor(const Activation& activation, V up) {
+    const V limit = M::constant(activation.limit);
+    return M::select(up > limit, limit, M::select(up < -limit, -limit, up)) + M::constant(activation.up_offset);
+  }
+
   // act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset); up is ignored when plain.
   static MOE_INLINE V forward(const Activation& activation, V gate, V up) {
-    const V limit = M::constant(activation.limit);
-    const V value = act<false>(activation, M::select(gate > limit, limit, gate)).value;
-    return activation.gated ? value * (clamp(up, limit) + M::constant(activation.up_offset)) : value;
+    const V value = act<false>(activation, limited_gate(activation, gate)).value;
+    return activation.gated ? value * factor(activation, up) : value;
   }
 
   struct Gradient {
@@ -73,20 +82,17 @@ struct ActivationMath {
   // off, the product is not taken: 0 * inf is NaN.
   static MOE_INLINE Gradient backward(const Activation& activation, V gate, V up, V grad) {
     const V limit = M::constant(activation.limit), zero = M::constant(0);
-    const Slope slope = act<true>(activation, M::select(gate > limit, limit, gate));
+    const Slope slope = act<true>(activation, limited_gate(activation, gate));
     const bool rectified = activation.act == Act::relu || activation.act == Act::relu2;
     auto alive = [&](V grad_gate) {
       if (rectified) grad_gate = M::select(gate <= zero, zero, grad_gate);
       return M::select(gate > limit, zero, grad_gate);
     };
     if (!activation.gated) return {slope.value, alive(grad * slope.derivative), zero};
-    const V factor = clamp(up, limit) + M::constant(activation.up_offset), grad_up = grad * slope.value;
-    return {slope.value * factor, alive(grad * slope.derivative * factor),
+    const V by = factor(activation, up), grad_up = grad * slope.value;
+    return {slope.value * by, alive(grad * slope.derivative * by),
             M::select(up > limit, zero, M::select(up < -limit, zero, grad_up))};
   }
-
- private:
-  static MOE_INLINE V clamp(V x, V limit) { return M::select(x > limit, limit, M::select(x < -limit, -limit, x)); }
 };
 
 }  // namespace moe
