@@ -31,7 +31,7 @@ struct ActivationMath {
         const V sigma = M::sigmoid(alpha * z);
         const V value = z * sigma;
         if constexpr (!derivative) return {value, value};
-        return {value, sigma + alpha * value * (one - sigma)};
+        return {value, sigma + alpha * (value * (one - sigma))};
       }
       case Act::gelu: {
         const Normal<V> normal = M::normal(z);
