@@ -89,7 +89,19 @@ def test_no_processor_multiplies_two_large_tiles_while_others_have_none():
 
 # Columns of a tile on an H100, 256 where two warpgroups share it and 128 where they take turns: of w_in, of w_out, and of
 # the first GEMM of the backward pass.
-HOPPER_CHOICES: dict[str, tuple[int, int, int]] = {}
+HOPPER_CHOICES = {
+    "quick-fine": (128, 256, 128),
+    "mixtral-slice": (256, 128, 128),
+    "qwen3-slice": (128, 256, 128),
+    "mixtral-8x7b": (256, 256, 256),
+    "qwen3-30b": (256, 256, 128),
+    "qwen3-next": (256, 256, 128),
+    "deepseek-v3-ep8": (256, 256, 256),
+    "gpt-oss-20b": (256, 256, 128),
+    "sonic-7b": (256, 128, 128),
+    "sonic-30b": (256, 256, 256),
+    "mixtral-8x7b-prefill": (256, 256, 256),
+}
 
 
 def on_hopper(shape, processors=H100):

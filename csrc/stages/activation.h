@@ -1,6 +1,6 @@
 // The activation between the two GEMMs and its derivative, shared by all devices. M is what a device computes with:
-// M::V a value or a vector of values, and constant, exp, sigmoid, normal_cdf, select(mask, a, b) on it; MOE_INLINE
-// marks its functions.
+// M::V a value or a vector of values, and constant, sigmoid, normal, select(mask, a, b) on it; MOE_INLINE marks its
+// functions.
 #pragma once
 
 #include "stages/params.h"

@@ -134,7 +134,7 @@ MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int 
     for (int group = 0; group < (gated ? Sums::kGroups / 2 : Sums::kGroups); ++group) {
       GatesUps h;
       if (gated) h = take_gated(sums, i, group, interleaved, bias);
-      else h.gates = take(sums, i, group, bias);
+      else h.gates = h.ups = take(sums, i, group, bias);
       if (pre) store_pre(p, pre, h, tile.row_begin + row, tile.col_begin, group, cols);
       if (limited) limit_piece<Math>(p.activation, h);
       Words values;
@@ -171,7 +171,7 @@ MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int ro
   }
 }
 
-// Gates and ups of eight inner columns, or their gradients: where they are interleaved, two runs of four of each.
+// Gates and ups of eight inner columns, or their gradients: where they lie interleaved, two runs of four of each.
 struct GateUpWords {
   Words gates, ups;
 
@@ -265,6 +265,7 @@ MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& t
       GatesUps h{widened<T>(words.gates), widened<T>(words.ups)};
       if (limited) limit_piece<Math>(p.activation, h);
       Words values;
+      GateUpWords grad_h;
       with_constants(p.activation, [&](const Activation& activation) {
         Eight scaled, grad_gates, grad_ups;
 #pragma unroll
@@ -274,15 +275,15 @@ MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& t
           share += grad[j] * d.value;
         }
         values = rounded<T>(scaled);
-        words = {rounded<T>(grad_gates), rounded<T>(grad_ups)};
+        grad_h = {rounded<T>(grad_gates), rounded<T>(grad_ups)};
       });
-      if (cut_gates | cut_ups) clear_values(words.gates, cut_gates), clear_values(words.ups, cut_ups);
-      if (interleaved) words = words.zipped();
+      if (group + 1 < Sums::kGroups) words = pre.load(pre.at(of_row, col + 32), count(group + 1));
+      if (cut_gates | cut_ups) clear_values(grad_h.gates, cut_gates), clear_values(grad_h.ups, cut_ups);
+      if (interleaved) grad_h = grad_h.zipped();
       if (n > 0) {
         out.store(out.at(of_row, col), values, n);
-        grad_pre.store(grad_pre.at(of_row, col), words, n);
+        grad_pre.store(grad_pre.at(of_row, col), grad_h, n);
       }
-      if (group + 1 < Sums::kGroups) words = pre.load(pre.at(of_row, col + 32), count(group + 1));
     }
     if (parts) {
       share += arch::shuffle_xor(share, 1);
