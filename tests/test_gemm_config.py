@@ -87,8 +87,8 @@ def test_no_processor_multiplies_two_large_tiles_while_others_have_none():
     assert tiles(H100, rows=(full + 1) * LARGE, experts=1, n=128)["rows"] == SMALL
 
 
-# Columns of a tile on an H100, 256 where two warpgroups share it and 128 where they take turns: of w_in, of w_out, and of
-# the first GEMM of the backward pass.
+# Columns of a tile on an H100, 256 where two warpgroups share it and 128 where they take turns: of w_in, of w_out, and
+# of the first GEMM of the backward pass.
 HOPPER_CHOICES = {
     "quick-fine": (128, 256, 128),
     "mixtral-slice": (256, 128, 128),
@@ -117,8 +117,8 @@ def on_hopper(shape, processors=H100):
 
 @pytest.mark.parametrize("name", HOPPER_CHOICES)
 def test_choice_on_hopper(name):
-    """Where the products of a tile take long, consumers share it, as that fetches less for a product; where its epilogue
-    does, they take turns, so that it is hidden."""
+    """Where the products of a tile take long, consumers share it, as that fetches less for a product; where its
+    epilogue does, they take turns, so that it is hidden."""
     chosen = [each for *_, each in on_hopper(STANDING[name])]
     assert tuple(each["cols"] for each in chosen) == HOPPER_CHOICES[name]
     assert all(each["rows"] == 128 and each["depth"] == 64 for each in chosen)
