@@ -48,9 +48,6 @@ __device__ __forceinline__ int32_t reduce_min(int32_t value, uint32_t lanes = kA
 __device__ __forceinline__ void sync_warp(uint32_t lanes = kAllLanes) { __syncwarp(lanes); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
-// What comes before this in a branch is not computed where the branch is not taken.
-__device__ __forceinline__ void stay_behind_branch() { asm volatile(""); }
-
 __device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }  // -1 where there is none
 

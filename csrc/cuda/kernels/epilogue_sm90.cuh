@@ -145,11 +145,9 @@ MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int 
         values = rounded<T>(a);
       });
       exchange_pairs(values);
-      if (interleaved) {  // a lane has got columns 0 4, 1 5, 2 6 and 3 7 of its eight
-        arch::stay_behind_branch();
+      if (interleaved)  // a lane has got columns 0 4, 1 5, 2 6 and 3 7 of its eight
         values = {lower_halves(values[0], values[1]), lower_halves(values[2], values[3]),
                   upper_halves(values[0], values[1]), upper_halves(values[2], values[3])};
-      }
       out.store(to + 32 * group, values, columns_left(cols, 32 * group + lane_column()));
     }
   }

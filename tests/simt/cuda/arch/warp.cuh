@@ -121,8 +121,6 @@ inline void sync_block(simt::Where where = simt::Where::current()) {
   simt::Block::current->sync(0, blockDim.x * blockDim.y * blockDim.z, where);
 }
 
-inline void stay_behind_branch() {}
-
 inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return bits ? std::countr_zero(bits) : -1; }
 
