@@ -51,7 +51,7 @@ MOE_INLINE uint32_t beyond(const Eight& values, float limit, float lowest) {
 }
 
 // Zeros where a bit is set.
-MOE_INLINE void clear_values(Words& values, uint32_t bits) {
+MOE_INLINE void clear_values(RoundedEight& values, uint32_t bits) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (bits >> 2 * i & 1) values[i] &= 0xffff0000;
@@ -77,7 +77,7 @@ MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row
 #pragma unroll
     for (int group = 0; group < Sums::kGroups; ++group) {
       const PairBiases biases(bias, group);
-      Words words;
+      RoundedEight words;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 pair = biases.add(j, sums.pair(i, group, j));
@@ -95,7 +95,7 @@ template <class T>
 MOE_INLINE void store_pre(const GroupedGemmParams& p, const ChunkRows<T>& pre, const GatesUps& h, int64_t row,
                           int64_t col_begin, int group, int cols) {
   const int col = 32 * group + lane_column();
-  Words first, second;
+  RoundedEight first, second;
   if (p.activation.gated && p.activation.interleaved) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -137,7 +137,7 @@ MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int 
       else h.gates = h.ups = take(sums, i, group, bias);
       if (pre) store_pre(p, pre, h, tile.row_begin + row, tile.col_begin, group, cols);
       if (limited) limit_piece<Math>(p.activation, h);
-      Words values;
+      RoundedEight values;
       with_constants(p.activation, [&](const Activation& activation) {
         Eight a;
 #pragma unroll
@@ -171,10 +171,10 @@ MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int ro
 
 // Gates and ups of eight inner columns, or their gradients: where they lie interleaved, two runs of four of each.
 struct GateUpWords {
-  Words gates, ups;
+  RoundedEight gates, ups;
 
   MOE_INLINE GateUpWords unzipped() const {
-    const Words &a = gates, &b = ups;
+    const RoundedEight &a = gates, &b = ups;
     return {{lower_halves(a[0], a[1]), lower_halves(a[2], a[3]), lower_halves(b[0], b[1]), lower_halves(b[2], b[3])},
             {upper_halves(a[0], a[1]), upper_halves(a[2], a[3]), upper_halves(b[0], b[1]), upper_halves(b[2], b[3])}};
   }
@@ -182,7 +182,7 @@ struct GateUpWords {
     GateUpWords out;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      Words& run = i < 2 ? out.gates : out.ups;
+      RoundedEight& run = i < 2 ? out.gates : out.ups;
       run[i % 2 * 2] = lower_halves(gates[i], ups[i]), run[i % 2 * 2 + 1] = upper_halves(gates[i], ups[i]);
     }
     return out;
@@ -262,7 +262,7 @@ MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& t
       }
       GatesUps h{widened<T>(words.gates), widened<T>(words.ups)};
       if (limited) limit_piece<Math>(p.activation, h);
-      Words values;
+      RoundedEight values;
       GateUpWords grad_h;
       with_constants(p.activation, [&](const Activation& activation) {
         Eight scaled, grad_gates, grad_ups;

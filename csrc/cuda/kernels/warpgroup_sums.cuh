@@ -13,7 +13,7 @@
 namespace moe {
 
 using Eight = arch::Pack<float, 8>;
-using Words = arch::Pack<uint32_t, 4>;  // eight values of two bytes
+using RoundedEight = arch::Pack<uint32_t, 4>;  // of two bytes each
 
 template <class T>
 MOE_INLINE uint32_t rounded_pair(float low, float high) {
@@ -21,15 +21,15 @@ MOE_INLINE uint32_t rounded_pair(float low, float high) {
 }
 
 template <class T>
-MOE_INLINE Words rounded(const Eight& values) {
-  Words out;
+MOE_INLINE RoundedEight rounded(const Eight& values) {
+  RoundedEight out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = rounded_pair<T>(values[2 * i], values[2 * i + 1]);
   return out;
 }
 
 template <class T>
-MOE_INLINE Eight widened(const Words& words) {
+MOE_INLINE Eight widened(const RoundedEight& words) {
   const auto values = bits_as<arch::Pack<T, 8>>(words);
   Eight out;
 #pragma unroll
@@ -54,16 +54,16 @@ class ChunkRows {
 
   MOE_INLINE T* at(int64_t row, int64_t col) const { return data_ + row * stride_ + col; }
 
-  MOE_INLINE Words load(const T* from, int n) const {
-    if (aligned_ && n >= 8) return arch::load<Words>(from);
-    Words out{};
+  MOE_INLINE RoundedEight load(const T* from, int n) const {
+    if (aligned_ && n >= 8) return arch::load<RoundedEight>(from);
+    RoundedEight out{};
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       if (i < n) out[i / 2] |= uint32_t(bits_as<uint16_t>(from[i])) << i % 2 * 16;
     return out;
   }
 
-  MOE_INLINE void store(T* to, const Words& words, int n) const {
+  MOE_INLINE void store(T* to, const RoundedEight& words, int n) const {
     if (aligned_ && n >= 8) return arch::store_global(to, words);
     const auto values = bits_as<arch::Pack<T, 8>>(words);
 #pragma unroll
@@ -78,7 +78,7 @@ class ChunkRows {
 };
 
 // Of the four lanes of a row: pair i of lane q goes to pair q of lane i.
-MOE_INLINE void exchange_pairs(Words& pairs) { transpose_quad(pairs.values); }
+MOE_INLINE void exchange_pairs(RoundedEight& pairs) { transpose_quad(pairs.values); }
 MOE_INLINE void exchange_pairs(Eight& pairs) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
