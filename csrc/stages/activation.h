@@ -1,6 +1,6 @@
 // The activation between the two GEMMs and its derivative, shared by all devices. M is what a device computes with:
-// M::V a value or a vector of values, and constant, sigmoid, normal, select(mask, a, b) on it; MOE_INLINE marks its
-// functions.
+// M::V a value or a vector of values, and constant, sigmoid, normal, select(mask, a, b) and, where it has one, tanh
+// on it; MOE_INLINE marks its functions.
 #pragma once
 
 #include "stages/params.h"
@@ -39,6 +39,12 @@ struct ActivationMath {
         return {z * normal.cdf, normal.cdf + z * normal.density};
       }
       case Act::gelu_tanh: {  // Hendrycks & Gimpel 2016: 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
+        if constexpr (M::has_tanh) {
+          const V half = M::constant(0.5), root = M::constant(0.79788456080286535588), cubic = M::constant(0.044715);
+          const V square = z * z, t = M::tanh(root * z * (one + cubic * square)), cdf = half * (one + t);
+          if constexpr (!derivative) return {z * cdf, cdf};
+          return {z * cdf, cdf + half * z * (one - t * t) * root * (one + M::constant(3) * cubic * square)};
+        }
         constexpr double root = 0.79788456080286535588, cubic = 0.044715 * root;
         const V linear = M::constant(2 * root), square = z * z;
         const V cdf = M::sigmoid(z * (M::constant(2 * cubic) * square + linear));  // as 1 + tanh(x) is 2 sigmoid(2 x)

@@ -13,6 +13,8 @@ struct LaneMath {
   using C = C_;
   using V = Vec<C>;
   static MOE_INLINE V constant(double value) { return broadcast(C(value)); }
+  static constexpr bool has_tanh = true;
+  static MOE_INLINE V tanh(V x) { return MOE_ISA::tanh<C>(x); }
   static MOE_INLINE V sigmoid(V x) { return MOE_ISA::sigmoid<C>(x); }
   static MOE_INLINE Normal<V> normal(V x) {
     return {C(0.5) * (C(1) + MOE_ISA::erf<C>(x * C(0.70710678118654752440))),

@@ -13,6 +13,8 @@ namespace moe {
 struct FloatMath {
   using V = float;
   static MOE_INLINE float constant(double value) { return float(value); }
+  static constexpr bool has_tanh = true;
+  static MOE_INLINE float tanh(float x) { return tanhf(x); }
   static MOE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
   static MOE_INLINE Normal<float> normal(float x) {
     return {0.5f * (1.0f + erff(x * 0.70710678f)), 0.39894228f * expf(-0.5f * x * x)};
@@ -22,6 +24,8 @@ struct FloatMath {
 
 // For what is rounded to 16 bits: branch-free, relative errors below 2^-16, the lower tails' too.
 struct ApproximateMath : FloatMath {
+  static constexpr bool has_tanh = false;
+
   // Both sides of the fraction times 2^-32, so that no reciprocal is as small as to count as zero.
   static MOE_INLINE float sigmoid(float x) {
     return 0x1p-32f * arch::approximate_reciprocal(0x1p-32f + arch::approximate_exp2(fmaf(x, -1.44269504f, -32.0f)));
