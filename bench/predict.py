@@ -95,14 +95,14 @@ def prefers_large_tiles(card: Card, s: Shape, n: int) -> bool:
     return 4 * rows_in_turn(128) < 5 * rows_in_turn(64)
 
 
-def product(card: Card, s: Shape, size: int, n: int, k: int) -> float:
+def product(card: Card, s: Shape, size: int, n: int, k: int, epilogue: str = "store") -> float:
     """Rows [R, k] by weights [n, k] of each expert, rows shared out evenly: tiles as csrc/cuda/launch/gemm_config.h."""
     active = active_experts(s)
     work = roofline.grouped_gemm(s, size, n, k, active)
     if s.rows <= FEW_ROWS:
         return memory_bound(card, work)
     if serves_hopper(card, size, n, k):
-        return predict_sm90.product(card, s.rows, active, s.experts, work, n, k) + LAUNCH
+        return predict_sm90.product(card, s.rows, active, s.experts, work, n, k, epilogue) + LAUNCH
     tile_rows, blocks = (128, 2) if size == 2 and prefers_large_tiles(card, s, n) else (64, 3 if size == 2 else 2)
     tiles = active * ceil(s.rows / active / tile_rows) * ceil(n / 128)
     return _of_tiles(card, work, size, tiles, 2.0 * tile_rows * 128 * ceil(k / 32) * 32, blocks)
@@ -134,9 +134,9 @@ def experts(card: Card, s: Shape, size: int) -> tuple[float, float]:
     """Forward and backward of moe_mlp, from routed tokens to their sum: plan, products, combine."""
     pre, h, i = roofline.pre_width(s), s.hidden, s.inner
     plan = memory_bound(card, roofline.plan(s), 1 if s.rows <= 4096 else 3)
-    forward = plan + product(card, s, size, pre, h) + product(card, s, size, h, i)
+    forward = plan + product(card, s, size, pre, h, "activate") + product(card, s, size, h, i)
     forward += memory_bound(card, roofline.combine(s, size))
-    backward = product(card, s, size, i, h) + weight_gradient(card, s, size, h, i, gathers_a=False)
+    backward = product(card, s, size, i, h, "activate_backward") + weight_gradient(card, s, size, h, i, gathers_a=False)
     backward += product(card, s, size, h, pre) + weight_gradient(card, s, size, pre, h, gathers_a=True)
     backward += memory_bound(card, roofline.permute_backward(s, size))
     return forward, backward

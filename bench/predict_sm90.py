@@ -12,20 +12,31 @@ if TYPE_CHECKING:
     from predict import Card
 
 DEPTH = 64  # of a step
-# Assumptions, the kernels' own: a [128, 128] tile, which fetches four thirds of the bytes for a product, takes a
-# quarter longer; where consumers share a tile nothing is multiplied while it is stored.
-NARROW = 1.25
+FLOPS_OF_CYCLE = 4096  # of a processor's tensor cores
+# As csrc/cuda/launch/gemm_tiles_sm90.h: cycles of a step by a tile's columns, as the tensor cores and shared memory
+# bound it, and instructions that a warp issues for its 128 sums a thread. The gradient's are stored as products are.
+STEP = {128: 640, 256: 1024}
+EPILOGUE = {"store": 16 * 50, "activate": 8 * 258, "activate_backward": 16 * 377}
 WIDE, TALL, SQUARE = (128, 256), (256, 128), (128, 128)
 ALIGNED = 8  # values in 16 bytes: what the kernels take
 MOST_EXPERTS = 1024  # of a weight gradient, csrc/cuda/kernels/gradient_walk.cuh
 
 
-def takes_turns(processors: int, rows: int, experts: int, n: int, k: int) -> bool:
+def _tile_cycles(in_turns: bool, k: int, epilogue: str, share: float = 1) -> float:
+    """Of one tile, where the tensor cores reach a share of their peak."""
+    products, stores = ceil(k / DEPTH) * STEP[128 if in_turns else 256] / share, EPILOGUE[epilogue]
+    return max(products, (products + stores) / 2) if in_turns else products + 2 * stores
+
+
+def takes_turns(processors: int, rows: int, experts: int, n: int, k: int, epilogue: str) -> bool:
     """Whether the ragged-M kernel's consumers take turns with tiles of [128, 128]: pick_hopper_tiles."""
     row_tiles = ceil((2 * rows + min(experts, rows) * 128) / 256)
-    steps = ceil(k / DEPTH)
-    shared = 4 * ceil(row_tiles * ceil(n / 256) / processors) * (2 * steps + 8)
-    return 5 * ceil(row_tiles * ceil(n / 128) / processors) * steps + 16 < shared
+
+    def cost(in_turns: bool) -> float:
+        turns = ceil(row_tiles * ceil(n / (128 if in_turns else 256)) / processors)
+        return turns * int(_tile_cycles(in_turns, k, epilogue)) + in_turns * EPILOGUE[epilogue]
+
+    return cost(True) < cost(False)
 
 
 def grad_tiles(processors: int, experts: int, n: int, k: int, gathers_a: bool) -> tuple[int, int]:
@@ -38,12 +49,13 @@ def grad_tiles(processors: int, experts: int, n: int, k: int, gathers_a: bool) -
     return min((TALL if gathers_a else WIDE, WIDE, TALL, SQUARE), key=cost)
 
 
-def product(card: Card, rows: int, active: int, experts: int, work: Work, n: int, k: int) -> float:
-    turns = takes_turns(card.processors, rows, experts, n, k)
-    cols = 128 if turns else 256
-    count = active * ceil(rows / active / 128) * ceil(n / cols)
-    flops = ceil(count / card.processors) * 2.0 * 128 * cols * ceil(k / DEPTH) * DEPTH
-    return _seconds(card, work, flops, narrow=turns, hidden=turns)
+def product(
+    card: Card, rows: int, active: int, experts: int, work: Work, n: int, k: int, epilogue: str = "store"
+) -> float:
+    in_turns = takes_turns(card.processors, rows, experts, n, k, epilogue)
+    count = active * ceil(rows / active / 128) * ceil(n / (128 if in_turns else 256))
+    cycles = ceil(count / card.processors) * _tile_cycles(in_turns, k, epilogue, card.wgmma_share)
+    return _seconds(card, work, cycles + in_turns * EPILOGUE[epilogue])
 
 
 def weight_gradient(
@@ -51,11 +63,12 @@ def weight_gradient(
 ) -> float:
     tile = grad_tiles(card.processors, experts, n, k, gathers_a)
     count = active * ceil(n / tile[0]) * ceil(k / tile[1])  # those of experts without rows cost their stores alone
-    flops = ceil(count / card.processors) * 2.0 * tile[0] * tile[1] * ceil(rows / active / DEPTH) * DEPTH
-    return _seconds(card, work, flops, narrow=tile == SQUARE, hidden=False)
+    square = tile == SQUARE  # 64 sums a thread
+    step = STEP[128 if square else 256] / card.wgmma_share
+    of_tile = ceil(rows / active / DEPTH) * step + EPILOGUE["store"] * (1 if square else 2)
+    return _seconds(card, work, ceil(count / card.processors) * of_tile)
 
 
-def _seconds(card: Card, work: Work, flops: float, *, narrow: bool, hidden: bool) -> float:
-    arithmetic = flops / (card.tensor_cores * card.wgmma_share / card.processors) * (NARROW if narrow else 1)
-    stores = 0 if hidden else work.written / card.memory
-    return max(arithmetic + stores, (work.read + work.written) / card.memory)
+def _seconds(card: Card, work: Work, cycles: float) -> float:
+    clock = card.tensor_cores / card.processors / FLOPS_OF_CYCLE
+    return max(cycles / clock, (work.read + work.written) / card.memory)

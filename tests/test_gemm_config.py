@@ -87,30 +87,56 @@ def test_no_processor_multiplies_two_large_tiles_while_others_have_none():
     assert tiles(H100, rows=(full + 1) * LARGE, experts=1, n=128)["rows"] == SMALL
 
 
-# Columns of a tile of w_in and of w_out on an H100: 256 where two warpgroups share a tile, 128 where they take turns.
+# Columns of a tile on an H100, 256 where two warpgroups share it and 128 where they take turns: of w_in, of w_out, and
+# of the first GEMM of the backward pass.
 HOPPER_CHOICES = {
-    "quick-fine": (256, 128),
-    "mixtral-slice": (256, 128),
-    "qwen3-slice": (128, 128),
-    "mixtral-8x7b": (256, 256),
-    "qwen3-30b": (256, 128),
-    "qwen3-next": (256, 128),
-    "deepseek-v3-ep8": (256, 256),
-    "gpt-oss-20b": (256, 256),
-    "sonic-7b": (256, 128),
-    "sonic-30b": (256, 256),
-    "mixtral-8x7b-prefill": (256, 256),
+    "quick-fine": (128, 256, 128),
+    "mixtral-slice": (256, 128, 128),
+    "qwen3-slice": (128, 256, 128),
+    "mixtral-8x7b": (256, 256, 256),
+    "qwen3-30b": (256, 256, 128),
+    "qwen3-next": (256, 256, 128),
+    "deepseek-v3-ep8": (256, 256, 256),
+    "gpt-oss-20b": (256, 256, 128),
+    "sonic-7b": (256, 128, 128),
+    "sonic-30b": (256, 256, 256),
+    "mixtral-8x7b-prefill": (256, 256, 256),
 }
+
+
+def on_hopper(shape, processors=H100):
+    pre = shape.inner * (2 if shape.gated else 1)
+    gemms = [
+        (pre, shape.hidden, "activate"),
+        (shape.hidden, shape.inner, "store"),
+        (shape.inner, shape.hidden, "activate_backward"),
+    ]
+    sizes = {"rows": shape.rows, "experts": shape.experts, "arch": 90}
+    return [(n, k, epilogue, tiles(processors, n=n, k=k, epilogue=epilogue, **sizes)) for n, k, epilogue in gemms]
 
 
 @pytest.mark.parametrize("name", HOPPER_CHOICES)
 def test_choice_on_hopper(name):
-    """Long reductions share tiles, as they fetch less for a product; short ones take turns, as stores are hidden."""
-    shape = STANDING[name]
-    w_in, w_out = (shape.inner * (2 if shape.gated else 1), shape.hidden), (shape.hidden, shape.inner)
-    chosen = [tiles(H100, rows=shape.rows, experts=shape.experts, n=n, k=k, arch=90) for n, k in (w_in, w_out)]
+    """Where the products of a tile take long, consumers share it, as that fetches less for a product; where its
+    epilogue does, they take turns, so that it is hidden."""
+    chosen = [each for *_, each in on_hopper(STANDING[name])]
     assert tuple(each["cols"] for each in chosen) == HOPPER_CHOICES[name]
     assert all(each["rows"] == 128 and each["depth"] == 64 for each in chosen)
+
+
+def test_predictions_on_hopper_are_for_these_tiles():
+    from predict_sm90 import takes_turns
+
+    for shape in STANDING.values():
+        for processors in (16, H100):
+            for n, k, epilogue, chosen in on_hopper(shape, processors):
+                turns = takes_turns(processors, shape.rows, shape.experts, n, k, epilogue)
+                assert turns == (chosen["cols"] == 128), (shape.name, n, k, epilogue)
+
+
+def test_epilogues_by_name():
+    with pytest.raises(ValueError, match="epilogue must be store, activate or activate_backward, got add"):
+        tiles(H100, arch=90, k=64, epilogue="add")
 
 
 def test_hopper_takes_what_it_can_copy():

@@ -50,13 +50,19 @@ moe::Dtype dtype_named(const std::string& name) {
   throw py::value_error("gemm_tiles: dtype must be float32, bfloat16 or float16, got " + name);
 }
 
+moe::Epilogue epilogue_named(const std::string& name) {
+  if (name == "store") return moe::Epilogue::store;
+  if (name == "activate") return moe::Epilogue::activate;
+  if (name == "activate_backward") return moe::Epilogue::activate_backward;
+  throw py::value_error("gemm_tiles: epilogue must be store, activate or activate_backward, got " + name);
+}
+
 // The kernels of sm_90a have shapes of their own, and take two-byte operands that are copied as they lie.
 py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int64_t experts, int64_t n, bool direct,
-                    bool allow_tf32, int arch, int64_t k) {
+                    bool allow_tf32, int arch, int64_t k, const std::string& epilogue) {
   using namespace py::literals;
   if (arch == 90 && direct && dtype_named(dtype) != moe::Dtype::float32) {
-    const moe::HopperTiles tiles =
-        moe::pick_hopper_tiles(processors, {.rows = rows, .experts = experts, .n = n, .k = k});
+    const moe::HopperTiles tiles = moe::pick_hopper_tiles(processors, {rows, experts, n, k, epilogue_named(epilogue)});
     return py::dict("rows"_a = tiles.rows, "cols"_a = tiles.cols, "depth"_a = tiles.kDepth, "stages"_a = tiles.stages,
                     "threads"_a = tiles.kThreads, "blocks"_a = 1, "tensor_cores"_a = true);
   }
@@ -100,9 +106,10 @@ PYBIND11_MODULE(_C, m) {
       "Whether what such a card loads of them waits for the grids ahead, so that it may start before those have ended");
   m.def("gemm_tiles", &gemm_tiles, py::arg("processors"), py::arg("dtype"), py::arg("rows"), py::arg("experts"),
         py::arg("n"), py::kw_only(), py::arg("direct") = true, py::arg("allow_tf32") = false, py::arg("arch") = 80,
-        py::arg("k") = 0,
+        py::arg("k") = 0, py::arg("epilogue") = "store",
         "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
-        "copied as they lie; arch: the card's compute capability; k: the reduction, which counts from sm_90 on");
+        "copied as they lie; arch: the card's compute capability; k: the reduction, and epilogue: store, "
+        "activate or activate_backward, which count from sm_90 on");
   m.def("weight_grad_tiles", &weight_grad_tiles, py::arg("processors"), py::arg("experts"), py::arg("n"), py::arg("k"),
         py::kw_only(), py::arg("gathers_a") = false,
         "How a weight gradient [experts, n, k] in 16 bits is cut on an sm_90a card of so many processors");

@@ -1,11 +1,17 @@
 // The activation between the two GEMMs and its derivative, shared by all devices. M is what a device computes with:
-// M::V a value or a vector of values, and constant, exp, tanh, erf, sigmoid, select(mask, a, b) on it; MOE_INLINE marks
-// its functions.
+// M::V a value or a vector of values, and constant, sigmoid, normal, select(mask, a, b) and, where it has one, tanh
+// on it; MOE_INLINE marks its functions.
 #pragma once
 
 #include "stages/params.h"
 
 namespace moe {
+
+// Of the standard normal distribution.
+template <class V>
+struct Normal {
+  V cdf, density;
+};
 
 template <class M>
 struct ActivationMath {
@@ -18,27 +24,33 @@ struct ActivationMath {
   // f(z), and f'(z) where asked for.
   template <bool derivative>
   static MOE_INLINE Slope act(const Activation& activation, V z) {
-    const V one = M::constant(1), half = M::constant(0.5);
+    const V one = M::constant(1);
     switch (activation.act) {
       case Act::silu: {
         const V alpha = M::constant(activation.alpha);
         const V sigma = M::sigmoid(alpha * z);
         const V value = z * sigma;
         if constexpr (!derivative) return {value, value};
-        return {value, sigma + alpha * value * (one - sigma)};
+        return {value, sigma + alpha * (value * (one - sigma))};
       }
       case Act::gelu: {
-        const V cdf = half * (one + M::erf(z * M::constant(0.70710678118654752440)));
-        if constexpr (!derivative) return {z * cdf, cdf};
-        const V pdf = M::constant(0.39894228040143267794) * M::exp(-half * z * z);
-        return {z * cdf, cdf + z * pdf};
+        const Normal<V> normal = M::normal(z);
+        if constexpr (!derivative) return {z * normal.cdf, normal.cdf};
+        return {z * normal.cdf, normal.cdf + z * normal.density};
       }
       case Act::gelu_tanh: {  // Hendrycks & Gimpel 2016: 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
-        const V root = M::constant(0.79788456080286535588), cubic = M::constant(0.044715), square = z * z;
-        const V t = M::tanh(root * z * (one + cubic * square));
-        const V cdf = half * (one + t);
-        if constexpr (!derivative) return {z * cdf, cdf};
-        return {z * cdf, cdf + half * z * (one - t * t) * root * (one + M::constant(3) * cubic * square)};
+        if constexpr (M::has_tanh) {
+          const V half = M::constant(0.5), root = M::constant(0.79788456080286535588), cubic = M::constant(0.044715);
+          const V square = z * z, t = M::tanh(root * z * (one + cubic * square)), cdf = half * (one + t);
+          if constexpr (!derivative) return {z * cdf, cdf};
+          return {z * cdf, cdf + half * z * (one - t * t) * root * (one + M::constant(3) * cubic * square)};
+        }
+        constexpr double root = 0.79788456080286535588, cubic = 0.044715 * root;
+        const V linear = M::constant(2 * root), square = z * z;
+        const V cdf = M::sigmoid(z * (M::constant(2 * cubic) * square + linear));  // as 1 + tanh(x) is 2 sigmoid(2 x)
+        const V value = z * cdf;
+        if constexpr (!derivative) return {value, value};
+        return {value, cdf + value * (one - cdf) * (M::constant(6 * cubic) * square + linear)};
       }
       case Act::relu: {
         const V zero = M::constant(0);
@@ -52,11 +64,20 @@ struct ActivationMath {
     __builtin_unreachable();
   }
 
+  static MOE_INLINE V limited_gate(const Activation& activation, V gate) {
+    const V limit = M::constant(activation.limit);
+    return M::select(gate > limit, limit, gate);
+  }
+
+  static MOE_INLINE V factor(const Activation& activation, V up) {
+    const V limit = M::constant(activation.limit);
+    return M::select(up > limit, limit, M::select(up < -limit, -limit, up)) + M::constant(activation.up_offset);
+  }
+
   // act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset); up is ignored when plain.
   static MOE_INLINE V forward(const Activation& activation, V gate, V up) {
-    const V limit = M::constant(activation.limit);
-    const V value = act<false>(activation, M::select(gate > limit, limit, gate)).value;
-    return activation.gated ? value * (clamp(up, limit) + M::constant(activation.up_offset)) : value;
+    const V value = act<false>(activation, limited_gate(activation, gate)).value;
+    return activation.gated ? value * factor(activation, up) : value;
   }
 
   struct Gradient {
@@ -67,20 +88,17 @@ struct ActivationMath {
   // off, the product is not taken: 0 * inf is NaN.
   static MOE_INLINE Gradient backward(const Activation& activation, V gate, V up, V grad) {
     const V limit = M::constant(activation.limit), zero = M::constant(0);
-    const Slope slope = act<true>(activation, M::select(gate > limit, limit, gate));
+    const Slope slope = act<true>(activation, limited_gate(activation, gate));
     const bool rectified = activation.act == Act::relu || activation.act == Act::relu2;
     auto alive = [&](V grad_gate) {
       if (rectified) grad_gate = M::select(gate <= zero, zero, grad_gate);
       return M::select(gate > limit, zero, grad_gate);
     };
     if (!activation.gated) return {slope.value, alive(grad * slope.derivative), zero};
-    const V factor = clamp(up, limit) + M::constant(activation.up_offset), grad_up = grad * slope.value;
-    return {slope.value * factor, alive(grad * slope.derivative * factor),
+    const V by = factor(activation, up), grad_up = grad * slope.value;
+    return {slope.value * by, alive(grad * slope.derivative * by),
             M::select(up > limit, zero, M::select(up < -limit, zero, grad_up))};
   }
-
- private:
-  static MOE_INLINE V clamp(V x, V limit) { return M::select(x > limit, limit, M::select(x < -limit, -limit, x)); }
 };
 
 }  // namespace moe

@@ -20,4 +20,5 @@ def gemm_tiles(
     allow_tf32: bool = False,
     arch: int = 80,
     k: int = 0,
+    epilogue: str = "store",
 ) -> dict[str, int]: ...

@@ -49,7 +49,7 @@ def test_instructions(seed, compiled):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("program", ["wgmma", "tma", "barriers"])
+@pytest.mark.parametrize("program", ["wgmma", "tma", "barriers", "activation"])
 def test_instructions_of_sm_90(program, seed, compiled):
     status, text = run(compiled(program), seed=seed)
     assert status == 0 and ": right" in text, text

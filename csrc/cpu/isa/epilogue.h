@@ -13,10 +13,13 @@ struct LaneMath {
   using C = C_;
   using V = Vec<C>;
   static MOE_INLINE V constant(double value) { return broadcast(C(value)); }
-  static MOE_INLINE V exp(V x) { return MOE_ISA::exp<C>(x); }
+  static constexpr bool has_tanh = true;
   static MOE_INLINE V tanh(V x) { return MOE_ISA::tanh<C>(x); }
-  static MOE_INLINE V erf(V x) { return MOE_ISA::erf<C>(x); }
   static MOE_INLINE V sigmoid(V x) { return MOE_ISA::sigmoid<C>(x); }
+  static MOE_INLINE Normal<V> normal(V x) {
+    return {C(0.5) * (C(1) + MOE_ISA::erf<C>(x * C(0.70710678118654752440))),
+            C(0.39894228040143267794) * MOE_ISA::exp<C>(C(-0.5) * x * x)};
+  }
   template <class Mask>
   static MOE_INLINE V select(Mask mask, V a, V b) {
     return mask ? a : b;

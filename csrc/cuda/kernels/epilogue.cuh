@@ -5,9 +5,9 @@
 #pragma once
 
 #include "cuda/arch/memory.cuh"
+#include "cuda/kernels/activation_math.cuh"
 #include "cuda/kernels/gemm_operands.cuh"
 #include "cuda/kernels/warp.cuh"
-#include "stages/activation.h"
 
 namespace moe {
 
@@ -100,7 +100,7 @@ MOE_INLINE void store_tile(const GroupedGemmParams& p, const Tile& tile, const P
 
 template <class T, int rows, int cols>
 MOE_INLINE void activate_tile(const GroupedGemmParams& p, const Tile& tile, const Products<rows, cols>& products) {
-  using Math = ActivationMath<FloatMath>;
+  using Math = ActivationMath<MathFor<T>>;
   const int64_t inner = p.activation.gated ? p.n / 2 : p.n;
   const PairRows<T> out(p.out), pre(p.pre, inner);
   const Lanes lanes{};
@@ -125,7 +125,7 @@ MOE_INLINE void activate_tile(const GroupedGemmParams& p, const Tile& tile, cons
 template <class T, int rows, int cols>
 MOE_INLINE void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile,
                                        const Products<rows, cols>& products, float* parts, int col_tiles) {
-  using Math = ActivationMath<FloatMath>;
+  using Math = ActivationMath<MathFor<T>>;
   constexpr int pairs = (cols + 63) / 64;  // of columns, for a lane
   const PairRows<T> out(p.out), pre(p.pre, p.n), grad_pre(p.grad_pre, p.n);
   const Lanes lanes{};

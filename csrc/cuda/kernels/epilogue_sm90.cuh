@@ -1,252 +1,157 @@
-// What a warpgroup on sm_90a does with its sums before they are stored, straight from registers. wgmma leaves two
-// neighbouring columns of a row to a lane; the four lanes of a row exchange them, so that each has eight and loads and
-// stores 16 bytes. Where the activation is gated, gates stand in the first half of a tile's columns and the ups of the
-// same inner columns in the second, or, interleaved, side by side.
+// What a warpgroup on sm_90a does with its sums before they are stored, straight from registers, eight columns of a row
+// at a time. Where the activation is gated, gates stand in the first half of a tile's columns and the ups of the same
+// inner columns in the second, or, interleaved, side by side. Results have 16 bits.
 #pragma once
 
 #include "cuda/arch/tma.cuh"
-#include "cuda/arch/wgmma.cuh"
 #include "cuda/kernels/epilogue.cuh"
-#include "cuda/kernels/values.cuh"
-#include "cuda/kernels/warp.cuh"
+#include "cuda/kernels/warpgroup_sums.cuh"
 
 namespace moe {
 
-using Eight = arch::Pack<float, 8>;
-
-// Rows of a matrix, read and written in chunks of n columns, of which `count` are there.
-template <class T>
-class ChunkRows {
- public:
-  // `offset`: where a second run of columns begins.
-  MOE_INLINE ChunkRows(const Matrix& matrix, int64_t offset = 0)
-      : data_(static_cast<T*>(matrix.data)),
-        stride_(matrix.stride),
-        aligned_(reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && (matrix.stride | offset) % 8 == 0) {}
-
-  MOE_INLINE explicit operator bool() const { return data_ != nullptr; }
-
-  MOE_INLINE arch::Pack<T, 8> load(int64_t row, int64_t col, int count) const {
-    return load_values<T, 8>(data_ + row * stride_ + col, count, aligned_);
-  }
-
-  template <int n>
-  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<T, n>& values, int count) const {
-    T* const to = data_ + row * stride_ + col;
-    if (aligned_ && count >= n) return arch::store_global(to, values);
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (i < count) to[i] = values[i];
-  }
-
-  template <int n>
-  MOE_INLINE void store(int64_t row, int64_t col, const arch::Pack<float, n>& values, int count) const {
-    arch::Pack<T, n> rounded;
-#pragma unroll
-    for (int i = 0; i < n; ++i) rounded[i] = from_float<T>(values[i]);
-    store(row, col, rounded, count);
-  }
-
- private:
-  T* data_;
-  int64_t stride_;
-  bool aligned_;
-};
-
-// Of the four lanes of a row: pair i of lane q goes to pair q of lane i.
-MOE_INLINE void exchange_pairs(Eight& pairs) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    float of_pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) of_pairs[i] = pairs[2 * i + j];
-    transpose_quad(of_pairs);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[2 * i + j] = of_pairs[i];
+// f(activation) with the activation's choices as constants of the code, so that a piece takes one branch and nothing of
+// what was not chosen; limits and offset apart, see limit_piece.
+template <class F>
+MOE_INLINE void with_constants(const Activation& activation, const F& f) {
+  const auto choose = [&](Act act, double alpha) {
+    Activation chosen = activation;
+    chosen.act = act, chosen.alpha = alpha;
+    chosen.limit = HUGE_VAL, chosen.up_offset = -0.0;  // which leaves even -0 as it is
+    if (activation.gated) chosen.gated = true, f(chosen);
+    else chosen.gated = false, f(chosen);
+  };
+  switch (activation.act) {
+    case Act::silu: return activation.alpha == 1 ? choose(Act::silu, 1) : choose(Act::silu, activation.alpha);
+    case Act::gelu: return choose(Act::gelu, 1);
+    case Act::gelu_tanh: return choose(Act::gelu_tanh, 1);
+    case Act::relu: return choose(Act::relu, 1);
+    case Act::relu2: return choose(Act::relu2, 1);
   }
 }
 
-// Where a lane stands: a row of the tile, and the first of eight columns of the products [rows, cols].
-struct Place {
-  int row, col;
-};
-
-// The sums [64 * kBlocks, cols] of a warpgroup, as wgmma leaves them.
-template <int blocks, int cols>
-struct WarpgroupSums {
-  static constexpr int kBlocks = blocks, kCols = cols;
-  static constexpr int kPiecesOfRow = cols / 32, kPieces = 2 * blocks * kPiecesOfRow;
-
-  float values[blocks][cols / 2];
-
-  MOE_INLINE void clear() {
-#pragma unroll
-    for (int i = 0; i < blocks; ++i)
-#pragma unroll
-      for (int j = 0; j < cols / 2; ++j) values[i][j] = 0;
-  }
-
-  MOE_INLINE void hold() {
-#pragma unroll
-    for (int i = 0; i < blocks; ++i) arch::wgmma_hold(values[i]);
-  }
-
-  // Where this lane stands in a piece of 32 columns. Pieces of the same row follow each other, and a piece of the
-  // second half of the columns the one of the first that it belongs to. row_begin: the warpgroup's first row.
-  static MOE_INLINE Place place(int piece, int row_begin) {
-    const int row = piece / kPiecesOfRow, col = piece % 2 * (cols / 2) + piece % kPiecesOfRow / 2 * 32;
-    return {row_begin + row / 2 * 64 + row % 2 * 8 + int(threadIdx.x) % 128 / 32 * 16 + arch::lane_id() / 4,
-            col + arch::lane_id() % 4 * 8};
-  }
-
-  // The lane's eight sums of a piece, with biases [cols] added. The pieces are told apart at run time, so that an
-  // epilogue is compiled once: by branches, as selecting from all of them would cost more than the rest of it.
-  MOE_INLINE Eight take(int piece, const float* bias) const {
-    Eight out = branch_to(piece);
-    exchange_pairs(out);
-    const int col = place(piece, 0).col;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] += bias[col + j];
-    return out;
-  }
-
-  // The same, rounded before the lanes exchange them: half as much is. For pieces known at compile time.
-  template <class T>
-  MOE_INLINE arch::Pack<T, 8> take_rounded(int piece, const float* bias) const {
-    const Eight sums = as_they_lie(piece);
-    const float* const own = bias + place(piece, 0).col - arch::lane_id() % 4 * 6;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const auto add = arch::load<arch::Pack<float, 2>>(own + 8 * i);
-      const arch::Pack<T, 2> pair{from_float<T>(sums[2 * i] + add[0]), from_float<T>(sums[2 * i + 1] + add[1])};
-      __builtin_memcpy(&words[i], &pair, 4);
-    }
-    transpose_quad(words);
-    arch::Pack<T, 8> out;
-    __builtin_memcpy(&out, words, 16);
-    return out;
-  }
-
- private:
-  MOE_INLINE Eight as_they_lie(int piece) const {
-    const int row = piece / kPiecesOfRow, group = piece % 2 * (cols / 16) + piece % kPiecesOfRow / 2 * 4;
-    Eight out;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = values[row / 2][4 * (group + j / 2) + row % 2 * 2 + j % 2];
-    return out;
-  }
-
-  MOE_INLINE Eight branch_to(int piece) const {
-    static_assert(kPieces == 16);
-    switch (piece) {
-      case 0: return as_they_lie(0);
-      case 1: return as_they_lie(1);
-      case 2: return as_they_lie(2);
-      case 3: return as_they_lie(3);
-      case 4: return as_they_lie(4);
-      case 5: return as_they_lie(5);
-      case 6: return as_they_lie(6);
-      case 7: return as_they_lie(7);
-      case 8: return as_they_lie(8);
-      case 9: return as_they_lie(9);
-      case 10: return as_they_lie(10);
-      case 11: return as_they_lie(11);
-      case 12: return as_they_lie(12);
-      case 13: return as_they_lie(13);
-      case 14: return as_they_lie(14);
-      default: return as_they_lie(15);
-    }
-  }
-};
-
-// How many of n columns from `col` on are there.
-template <int n>
-MOE_INLINE int columns_left(const Tile& tile, int col) {
-  return max(min(tile.cols - col, n), 0);
+// Whether gates and ups are changed before they are multiplied.
+MOE_INLINE bool limits(const Activation& activation) {
+  return activation.limit != HUGE_VAL || activation.up_offset != 0;
 }
+
+// Gates and ups as with_constants expects them.
+template <class Math>
+MOE_INLINE void limit_piece(const Activation& activation, GatesUps& h) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    h.gates[j] = Math::limited_gate(activation, h.gates[j]), h.ups[j] = Math::factor(activation, h.ups[j]);
+}
+
+// Bits of the values that are above `limit`, or below -lowest.
+MOE_INLINE uint32_t beyond(const Eight& values, float limit, float lowest) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) bits |= uint32_t(values[j] > limit || values[j] < -lowest) << j;
+  return bits;
+}
+
+// Zeros where a bit is set.
+MOE_INLINE void clear_values(RoundedEight& values, uint32_t bits) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (bits >> 2 * i & 1) values[i] &= 0xffff0000;
+    if (bits >> (2 * i + 1) & 1) values[i] &= 0xffff;
+  }
+}
+
+// How many of eight columns from `col` on are there, of `cols`.
+MOE_INLINE int columns_left(int cols, int col) { return max(min(cols - col, 8), 0); }
+
+// The first of eight columns of group 0 that a lane stores.
+MOE_INLINE int lane_column() { return arch::lane_id() % 4 * 8; }
+
+// Whether rows of this warp are among the tile's, where `row` is one of this lane.
+MOE_INLINE bool any_row(const Tile& tile, int row) { return row - arch::lane_id() / 4 < tile.rows; }
 
 template <class T, class Sums>
 MOE_INLINE void store_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                            const float* bias) {
   const ChunkRows<T> out(p.out);
 #pragma unroll
-  for (int piece = 0; piece < Sums::kPieces; ++piece) {
-    const Place at = Sums::place(piece, row_begin);
-    const auto values = sums.template take_rounded<T>(piece, bias);
-    if (at.row < tile.rows)
-      out.store(tile.row_begin + at.row, tile.col_begin + at.col, values, columns_left<8>(tile, at.col));
+  for (int i = 0; i < Sums::kRows; ++i)
+#pragma unroll
+    for (int group = 0; group < Sums::kGroups; ++group) {
+      const PairBiases biases(bias, group);
+      RoundedEight words;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = biases.add(j, sums.pair(i, group, j));
+        words[j] = rounded_pair<T>(pair.x, pair.y);
+      }
+      exchange_pairs(words);
+      const int row = row_begin + Sums::row(i), col = 32 * group + lane_column();
+      if (row < tile.rows)
+        out.store(out.at(tile.row_begin + row, tile.col_begin + col), words, columns_left(tile.cols, col));
+    }
+}
+
+// Columns 32 group.. of the pre-activation, as take_gated and take give them.
+template <class T>
+MOE_INLINE void store_pre(const GroupedGemmParams& p, const ChunkRows<T>& pre, const GatesUps& h, int64_t row,
+                          int64_t col_begin, int group, int cols) {
+  const int col = 32 * group + lane_column();
+  RoundedEight first, second;
+  if (p.activation.gated && p.activation.interleaved) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      first[j] = rounded_pair<T>(h.gates[j], h.ups[j]);
+      second[j] = rounded_pair<T>(h.gates[4 + j], h.ups[4 + j]);
+    }
+    exchange_pairs(first);
+    exchange_pairs(second);
+    const int at = 64 * group + lane_column();
+    pre.store(pre.at(row, 2 * col_begin + at), first, columns_left(2 * cols, at));
+    pre.store(pre.at(row, 2 * col_begin + at + 32), second, columns_left(2 * cols, at + 32));
+  } else {
+    first = rounded<T>(h.gates);
+    exchange_pairs(first);
+    pre.store(pre.at(row, col_begin + col), first, columns_left(cols, col));
+    if (!p.activation.gated) return;
+    second = rounded<T>(h.ups);
+    exchange_pairs(second);
+    pre.store(pre.at(row, p.n / 2 + col_begin + col), second, columns_left(cols, col));
   }
-}
-
-MOE_INLINE Eight activated(const Activation& activation, const Eight& gate, const Eight& up) {
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = ActivationMath<FloatMath>::forward(activation, gate[i], up[i]);
-  return out;
-}
-
-// Four of the gates (which: 0) or ups (1) of eight interleaved columns each.
-MOE_INLINE Eight every_other(const Eight& first, const Eight& second, int which) {
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = first[2 * i + which], out[4 + i] = second[2 * i + which];
-  return out;
-}
-
-MOE_INLINE arch::Pack<float, 4> half_of(const Eight& values, int which) {
-  arch::Pack<float, 4> out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = values[4 * which + i];
-  return out;
 }
 
 template <class T, class Sums>
 MOE_INLINE void activate_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                               const float* bias) {
-  const Activation& activation = p.activation;
-  const int64_t inner = activation.gated ? p.n / 2 : p.n;
-  const ChunkRows<T> out(p.out), pre(p.pre, inner);
+  const bool gated = p.activation.gated, interleaved = gated && p.activation.interleaved;
+  const bool limited = limits(p.activation);
+  using Math = ActivationMath<MathFor<T>>;
+  const ChunkRows<T> out(p.out), pre(p.pre, gated ? p.n / 2 : p.n);
 #pragma unroll 1
-  for (int piece = 0; piece < Sums::kPieces; piece += activation.gated ? 2 : 1) {
-    const Place at = Sums::place(piece, row_begin);
-    const Eight first = sums.take(piece, bias), second = activation.gated ? sums.take(piece + 1, bias) : first;
-    if (at.row >= tile.rows) continue;
-    const int64_t row = tile.row_begin + at.row, col = tile.col_begin + at.col;
-    if (activation.gated && activation.interleaved) {
-      constexpr int half = Sums::kCols / 2;
-      const int n = columns_left<4>(tile, at.col / 2), m = columns_left<4>(tile, (at.col + half) / 2);
-      const int64_t begin = tile.col_begin + at.col / 2;
-      if (pre) {
-        pre.store(row, 2 * begin, first, 2 * n);
-        pre.store(row, 2 * begin + half, second, 2 * m);
-      }
-      const Eight a = activated(activation, every_other(first, second, 0), every_other(first, second, 1));
-      out.store(row, begin, half_of(a, 0), n);
-      out.store(row, begin + half / 2, half_of(a, 1), m);
-    } else {
-      const int n = columns_left<8>(tile, at.col);
-      if (pre) {
-        pre.store(row, col, first, n);
-        if (activation.gated) pre.store(row, inner + col, second, n);
-      }
-      out.store(row, col, activated(activation, first, second), n);
+  for (int i = 0; i < Sums::kRows; ++i) {
+    const int row = row_begin + Sums::row(i), cols = row < tile.rows ? tile.cols : 0;
+    if (!any_row(tile, row)) break;
+    T* const to = out.at(tile.row_begin + row, tile.col_begin + lane_column());
+#pragma unroll 1
+    for (int group = 0; group < (gated ? Sums::kGroups / 2 : Sums::kGroups); ++group) {
+      GatesUps h;
+      if (gated) h = take_gated(sums, i, group, interleaved, bias);
+      else h.gates = h.ups = take(sums, i, group, bias);
+      if (pre) store_pre(p, pre, h, tile.row_begin + row, tile.col_begin, group, cols);
+      if (limited) limit_piece<Math>(p.activation, h);
+      RoundedEight values;
+      with_constants(p.activation, [&](const Activation& activation) {
+        Eight a;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = Math::forward(activation, h.gates[j], h.ups[j]);
+        values = rounded<T>(a);
+      });
+      exchange_pairs(values);
+      if (interleaved)  // a lane has got columns 0 4, 1 5, 2 6 and 3 7 of its eight
+        values = {lower_halves(values[0], values[1]), lower_halves(values[2], values[3]),
+                  upper_halves(values[0], values[1]), upper_halves(values[2], values[3])};
+      out.store(to + 32 * group, values, columns_left(cols, 32 * group + lane_column()));
     }
   }
 }
-
-// Gates and ups of eight inner columns, or their gradients, as they lie: two runs of eight.
-template <class T>
-struct GateUpChunks {
-  arch::Pack<T, 8> first, second;
-
-  MOE_INLINE T& gate(int i, bool interleaved) {
-    return !interleaved ? first[i] : i < 4 ? first[2 * i] : second[2 * i - 8];
-  }
-  MOE_INLINE T& up(int i, bool interleaved) {
-    return !interleaved ? second[i] : i < 4 ? first[2 * i + 1] : second[2 * i - 7];
-  }
-};
 
 // What the backward epilogue reads of H for a warpgroup's rows, asked to be in L2 before the products are there.
 template <class T>
@@ -264,73 +169,133 @@ MOE_INLINE void ask_for_pre(const GroupedGemmParams& p, const Tile& tile, int ro
   }
 }
 
+// Gates and ups of eight inner columns, or their gradients: where they lie interleaved, two runs of four of each.
+struct GateUpWords {
+  RoundedEight gates, ups;
+
+  MOE_INLINE GateUpWords unzipped() const {
+    const RoundedEight &a = gates, &b = ups;
+    return {{lower_halves(a[0], a[1]), lower_halves(a[2], a[3]), lower_halves(b[0], b[1]), lower_halves(b[2], b[3])},
+            {upper_halves(a[0], a[1]), upper_halves(a[2], a[3]), upper_halves(b[0], b[1]), upper_halves(b[2], b[3])}};
+  }
+  MOE_INLINE GateUpWords zipped() const {
+    GateUpWords out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      RoundedEight& run = i < 2 ? out.gates : out.ups;
+      run[i % 2 * 2] = lower_halves(gates[i], ups[i]), run[i % 2 * 2 + 1] = upper_halves(gates[i], ups[i]);
+    }
+    return out;
+  }
+};
+
+// The rows of such, as they lie in memory: all gates before all ups, or side by side.
+template <class T>
+class GateUpRows {
+ public:
+  MOE_INLINE GateUpRows(const Matrix& matrix, const Activation& activation, int64_t inner)
+      : rows_(matrix, inner), gated_(activation.gated), interleaved_(activation.gated && activation.interleaved) {
+    to_second_ = interleaved_ ? 8 : inner;
+  }
+
+  // n of the eight columns are there; the others, and the ups of what has none, are zeros.
+  MOE_INLINE GateUpWords load(const T* from, int n) const {
+    GateUpWords out{};
+    if (n == 0) return out;
+    out.gates = rows_.load(from, first_count(n));
+    if (gated_) out.ups = rows_.load(from + to_second_, second_count(n));
+    return out;
+  }
+
+  MOE_INLINE void store(T* to, const GateUpWords& h, int n) const {
+    rows_.store(to, h.gates, first_count(n));
+    if (gated_) rows_.store(to + to_second_, h.ups, second_count(n));
+  }
+
+  // col: of the inner columns.
+  MOE_INLINE T* at(int64_t row, int64_t col) const { return rows_.at(row, interleaved_ ? 2 * col : col); }
+
+ private:
+  MOE_INLINE int first_count(int n) const { return interleaved_ ? min(2 * n, 8) : n; }
+  MOE_INLINE int second_count(int n) const { return interleaved_ ? max(2 * n - 8, 0) : n; }
+
+  ChunkRows<T> rows_;
+  int64_t to_second_;
+  bool gated_, interleaved_;
+};
+
 // The products are dA' [rows, inner columns], before the route weight s: dH = s * dA' * act'(H), out = s * A.
-// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null. H is read a piece ahead.
+// parts [rows of the problem, tiles of columns]: this tile's part of <dA', A>, or null.
 template <class T, class Sums>
 MOE_INLINE void activate_backward_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                                        const float* bias, float* parts, int col_tiles) {
-  const Activation& activation = p.activation;
-  const bool gated = activation.gated, interleaved = gated && activation.interleaved;
-  const ChunkRows<T> out(p.out), pre(p.pre, p.n), grad_pre(p.grad_pre, p.n);
-  const auto counts = [&](int n) { return interleaved ? min(2 * n, 8) : n; };
-  const auto more = [&](int n) { return !gated ? 0 : interleaved ? max(2 * n - 8, 0) : n; };
-  const auto column = [&](int64_t i) { return interleaved ? 2 * i : i; };
-  const auto second_column = [&](int64_t i) { return interleaved ? 2 * i + 8 : p.n + i; };
-  const auto read_pre = [&](int piece, GateUpChunks<T>& to) {
-    const Place at = Sums::place(piece, row_begin);
-    const int n = columns_left<8>(tile, at.col);
-    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + at.col;
-    if (piece >= Sums::kPieces || at.row >= tile.rows || n == 0) return;
-    to.first = pre.load(row, column(i), counts(n));
-    if (gated) to.second = pre.load(row, second_column(i), more(n));
-  };
-
-  GateUpChunks<T> next{};
-  read_pre(0, next);
-  float share = 0, score = 1;
+  const bool limited = limits(p.activation), interleaved = p.activation.gated && p.activation.interleaved;
+  using Math = ActivationMath<MathFor<T>>;
+  const float limit = float(p.activation.limit);
+  const ChunkRows<T> out(p.out);
+  const GateUpRows<T> pre(p.pre, p.activation, p.n), grad_pre(p.grad_pre, p.activation, p.n);
 #pragma unroll 1
-  for (int piece = 0; piece < Sums::kPieces; ++piece) {
-    GateUpChunks<T> h = next;
-    read_pre(piece + 1, next);
-    const Place at = Sums::place(piece, row_begin);
-    const int64_t row = tile.row_begin + at.row, i = tile.col_begin + at.col;
-    const bool there = at.row < tile.rows;
-    const int n = there ? columns_left<8>(tile, at.col) : 0;
-    const Eight grad = sums.take(piece, bias);
-    if (piece % Sums::kPiecesOfRow == 0) {
-      share = 0;
-      score = p.score.data && there ? read(p.score, slot_of(p.a, row)) : 1;
-    }
-    arch::Pack<T, 8> values, grad_gate, grad_up;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float gate = to_float(h.gate(j, interleaved)), up = to_float(h.up(j, interleaved));
-      const auto d = ActivationMath<FloatMath>::backward(activation, gate, up, score * grad[j]);
-      values[j] = from_float<T>(score * d.value);
-      grad_gate[j] = from_float<T>(d.gate), grad_up[j] = from_float<T>(d.up);
-      share += j < n ? grad[j] * d.value : 0;
-    }
-    if (n > 0) {
-      GateUpChunks<T> grad_h{grad_gate, grad_up};
-      if (interleaved) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) grad_h.gate(j, true) = grad_gate[j], grad_h.up(j, true) = grad_up[j];
+  for (int i = 0; i < Sums::kRows; ++i) {
+    const int row = row_begin + Sums::row(i);
+    if (!any_row(tile, row)) break;
+    const bool there = row < tile.rows;
+    const int64_t of_row = tile.row_begin + row, of_col = tile.col_begin + lane_column();
+    const auto count = [&](int group) { return there ? columns_left(tile.cols, 32 * group + lane_column()) : 0; };
+    const float score = p.score.data && there ? read(p.score, slot_of(p.a, of_row)) : 1;
+    GateUpWords words = pre.load(pre.at(of_row, of_col), count(0));
+    float share = 0;
+#pragma unroll 1
+    for (int group = 0; group < Sums::kGroups; ++group) {
+      const int64_t col = of_col + 32 * group;
+      const int n = count(group);
+      if (interleaved) words = words.unzipped();
+      uint32_t cut_gates = 0, cut_ups = 0;
+      if (limited) {
+        cut_gates = beyond(widened<T>(words.gates), limit, HUGE_VALF);
+        cut_ups = beyond(widened<T>(words.ups), limit, limit);
       }
-      out.store(row, i, values, n);
-      grad_pre.store(row, column(i), grad_h.first, counts(n));
-      if (gated) grad_pre.store(row, second_column(i), grad_h.second, more(n));
+      Eight grad = take(sums, i, group, bias);
+      exchange_pairs(grad);
+      if (n < 8) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) grad[j] = j < n ? grad[j] : 0;  // others are not to be added
+      }
+      GatesUps h{widened<T>(words.gates), widened<T>(words.ups)};
+      if (limited) limit_piece<Math>(p.activation, h);
+      RoundedEight values;
+      GateUpWords grad_h;
+      with_constants(p.activation, [&](const Activation& activation) {
+        Eight scaled, grad_gates, grad_ups;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const auto d = Math::backward(activation, h.gates[j], h.ups[j], score * grad[j]);
+          scaled[j] = score * d.value, grad_gates[j] = d.gate, grad_ups[j] = d.up;
+          share += grad[j] * d.value;
+        }
+        values = rounded<T>(scaled);
+        grad_h = {rounded<T>(grad_gates), rounded<T>(grad_ups)};
+      });
+      if (group + 1 < Sums::kGroups) words = pre.load(pre.at(of_row, col + 32), count(group + 1));
+      if (cut_gates | cut_ups) clear_values(grad_h.gates, cut_gates), clear_values(grad_h.ups, cut_ups);
+      if (interleaved) grad_h = grad_h.zipped();
+      if (n > 0) {
+        out.store(out.at(of_row, col), values, n);
+        grad_pre.store(grad_pre.at(of_row, col), grad_h, n);
+      }
     }
-    if (parts && (piece + 1) % Sums::kPiecesOfRow == 0) {
+    if (parts) {
       share += arch::shuffle_xor(share, 1);
       share += arch::shuffle_xor(share, 2);
-      if (there && arch::lane_id() % 4 == 0) parts[row * col_tiles + tile.col_begin / Sums::kCols] = share;
+      if (there && arch::lane_id() % 4 == 0) parts[of_row * col_tiles + tile.col_begin / Sums::kCols] = share;
     }
   }
 }
 
+// bias [cols of the products]
 template <class T, class Sums>
 MOE_INLINE void finish_sums(const GroupedGemmParams& p, const Tile& tile, int row_begin, const Sums& sums,
                             const float* bias, float* parts, int col_tiles) {
+  bias += arch::lane_id() % 4 * 2;
   switch (p.epilogue) {
     case Epilogue::store: return store_sums<T>(p, tile, row_begin, sums, bias);
     case Epilogue::activate: return activate_sums<T>(p, tile, row_begin, sums, bias);

@@ -9,7 +9,8 @@ namespace moe {
 
 inline constexpr int kMostRankedExperts = 1024;
 
-// In shared memory: where the rows of experts end, and the experts by their number of rows.
+// In shared memory: where the rows of experts end, and the experts by their number of rows, each looked for in sorted
+// runs of 32.
 struct RankedExperts {
   int32_t ends[kMostRankedExperts];
   int32_t ranked[kMostRankedExperts];  // most rows first; of equals the lowest id
@@ -29,17 +30,34 @@ struct RankedExperts {
       }
     }
     arch::sync_block();  // the ends are written
+    for (int first = 32 * warp_id(); first < experts; first += int(blockDim.x)) {
+      const int64_t own = key(first + arch::lane_id(), experts);
+      int place = 0;
+      for (int lane = 0; lane < 32; ++lane) place += arch::shuffle(own, lane) > own;
+      keys[first + place] = own;
+    }
+    arch::sync_block();  // every 32 keys are sorted
     for (int expert = int(threadIdx.x); expert < experts; expert += int(blockDim.x)) {
-      const int32_t rows = ends[expert] - begin(expert);
+      const int64_t own = key(expert, experts);
       int rank = 0;
-      for (int other = 0, before = 0; other < experts; ++other) {
-        const int32_t end = ends[other], others = end - before;
-        rank += others > rows || (others == rows && other < expert);
-        before = end;
+      for (int first = 0; first < experts; first += 32) {
+        int larger = 0;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) larger += keys[first + larger + step - 1] > own ? step : 0;
+        rank += larger + (keys[first + larger] > own);
       }
       ranked[rank] = expert;
     }
     arch::sync_block();  // the ranks are written
+  }
+
+ private:
+  int64_t keys[kMostRankedExperts];
+
+  // Larger for more rows, and of equals for the lower id; none are equal, those of no expert the smallest.
+  __device__ int64_t key(int expert, int experts) const {
+    if (expert >= experts) return -1 - expert;
+    return int64_t(ends[expert] - begin(expert)) * kMostRankedExperts + (kMostRankedExperts - 1 - expert);
   }
 };
 

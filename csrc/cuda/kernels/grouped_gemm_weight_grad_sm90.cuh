@@ -153,8 +153,8 @@ MOE_INLINE void multiply_steps(const HopperGradLaunch& at, HopperGradShared<T, C
       if (copied) arch::fence_async_proxy();  // wgmma reads otherwise than cp.async and stores write
       sums.hold();
       arch::wgmma_fence();
-      const uint32_t bytes = uint32_t(ring.stage) * uint32_t(sizeof(first));
-      sums.add(arch::wgmma_advance(grad, bytes), arch::wgmma_advance(a, bytes));
+      const uint32_t chunks = uint32_t(ring.stage) * uint32_t(sizeof(first) / 16);
+      sums.add(arch::wgmma_advance_chunks(grad, chunks), arch::wgmma_advance_chunks(a, chunks));
       arch::wgmma_wait<1>();
       if (releases) shared.empty[before].arrive();
       before = ring.stage;

@@ -1,4 +1,4 @@
-// Numbers in kernels: every element type as float, and what the activation computes with.
+// Numbers in kernels: every element type as float.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -81,16 +81,5 @@ MOE_INLINE void write(void* vector, Dtype dtype, int64_t i, float value) {
     case Dtype::float64: static_cast<double*>(vector)[i] = double(value); break;
   }
 }
-
-// For ActivationMath.
-struct FloatMath {
-  using V = float;
-  static MOE_INLINE float constant(double value) { return float(value); }
-  static MOE_INLINE float exp(float x) { return expf(x); }
-  static MOE_INLINE float tanh(float x) { return tanhf(x); }
-  static MOE_INLINE float erf(float x) { return erff(x); }
-  static MOE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-  static MOE_INLINE float select(bool mask, float a, float b) { return mask ? a : b; }
-};
 
 }  // namespace moe

@@ -1,11 +1,10 @@
-// mbarriers, named barriers and clusters: values handed from thread to thread; setmaxnreg and store_matrix beside them.
+// mbarriers, named barriers and clusters: values handed from thread to thread; setmaxnreg beside them.
 #include "check.h"
 #include "cuda/arch/cluster.cuh"
 #include "cuda/arch/grid.cuh"
 #include "cuda/arch/mbarrier.cuh"
 #include "cuda/arch/named_barrier.cuh"
 #include "cuda/arch/registers.cuh"
-#include "cuda/arch/store_matrix.cuh"
 #include "cuda/arch/warp.cuh"
 
 namespace moe {
@@ -131,38 +130,6 @@ bool check_clusters() {
   return expect_equal("clusters", fetch(device, out, 12), expected);
 }
 
-struct MatrixShared {
-  alignas(16) uint16_t rows[2][32][8];
-};
-
-// Register m of lane l: two numbers that name matrix, row and column.
-__global__ void store_fragments(uint16_t* out) {
-  auto& shared = arch::shared<MatrixShared>();
-  const int lane = arch::lane_id();
-  uint32_t in[4];
-  for (int m = 0; m < 4; ++m) {
-    const auto low = uint32_t((m * 8 + lane / 4) * 8 + lane % 4 * 2);
-    in[m] = low | (low + 1) << 16;
-  }
-  arch::store_matrix_x4(shared.rows[0][lane], in);
-  arch::store_matrix_x4_transposed(shared.rows[1][lane], in);
-  arch::sync_warp();
-  for (int i = 0; i < 16; ++i) out[lane * 16 + i] = shared.rows[lane / 16][lane % 16 * 2 + i / 8][i % 8];
-}
-
-bool check_store_matrix() {
-  const Device device;
-  auto* out = put(device, std::vector<uint16_t>(512));
-  launch({.grid = dim3(1), .block = dim3(32), .shared_bytes = sizeof(MatrixShared), .stream = device.stream()},
-         store_fragments, out);
-  std::vector<uint16_t> expected;
-  for (int i = 0; i < 512; ++i) {
-    const int matrix = i / 64 % 4, row = i / 8 % 8, column = i % 8;
-    expected.push_back(uint16_t(i < 256 ? i : (matrix * 8 + column) * 8 + row));
-  }
-  return expect_equal("store_matrix_x4", fetch(device, out, 512), expected);
-}
-
 __global__ void add_one(int* numbers) {
   arch::let_next_grid_start();
   arch::wait_for_previous_grid();
@@ -184,7 +151,6 @@ int main() {
   bool right = moe::check_ring();
   right &= moe::check_hand_over();
   right &= moe::check_clusters();
-  right &= moe::check_store_matrix();
   right &= moe::check_early_grids();
   return right ? 0 : 1;
 }

@@ -71,7 +71,9 @@ template <class T>
 void choose(const GroupedGemmParams& p, const Device& device) {
   HopperTiles tiles = kSharedTiles;  // one choice for all numbers of rows: the score gradient is summed by tiles
   if (!p.batch_invariant)
-    tiles = pick_hopper_tiles(device.processors(), {.rows = p.num_rows, .experts = p.num_experts, .n = p.n, .k = p.k});
+    tiles =
+        pick_hopper_tiles(device.processors(),
+                          {.rows = p.num_rows, .experts = p.num_experts, .n = p.n, .k = p.k, .epilogue = p.epilogue});
   std::visit(
       [&](auto k_major) {
         if (tiles == kSharedTiles) start<T, SharedTiles, k_major>(p, device);
