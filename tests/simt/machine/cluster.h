@@ -5,6 +5,8 @@
 
 namespace simt {
 
+inline uint64_t multicasts = 0;  // of this process: boxes that went to several blocks
+
 class Cluster {
  public:
   void add(std::unique_ptr<Block> block) { blocks_.push_back(std::move(block)); }
