@@ -43,7 +43,6 @@ MOE_INLINE void load_boxes(const HopperGemmLaunch& at, HopperGemmShared<T, Confi
     const Tile& tile = walk.tile();
     const WeightColumns columns = weight_columns(p, tile, tiles.cols);
     const WeightHalves halves = weight_halves(at, tile);
-#pragma unroll 1
     for (int k = 0; k < int(p.k); k += tiles.kDepth, ring.advance()) {
       auto& stage = shared.stages[ring.stage];
       auto& full = shared.full[ring.stage];
@@ -78,7 +77,6 @@ MOE_INLINE void load_gathered(const HopperGemmLaunch& at, HopperGemmShared<T, Co
     const WeightColumns columns = weight_columns(p, tile, tiles.cols);
     rows.begin(tile.rows);
     more = seek();
-#pragma unroll 1
     for (int k = 0; k < int(p.k); k += tiles.kDepth, ring.advance()) {
       auto& stage = shared.stages[ring.stage];
       auto& full = shared.full[ring.stage];
