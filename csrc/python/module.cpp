@@ -100,8 +100,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("k") = 0, py::arg("gathers") = false, py::arg("clusters") = -1,
         "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
         "copied as they lie; arch: the card's compute capability; k: the reduction, which counts from sm_90 on, as "
-        "does whether the rows are gathered; cluster: blocks that fetch "
-        "weights for one another, where every pair of processors holds two");
+        "do gathered rows and how many clusters of two blocks the card holds (by default on every pair of processors); "
+        "cluster: the blocks that fetch weights for one another");
   m.def("weight_grad_tiles", &weight_grad_tiles, py::arg("processors"), py::arg("experts"), py::arg("n"), py::arg("k"),
         py::kw_only(), py::arg("gathers_a") = false,
         "How a weight gradient [experts, n, k] in 16 bits is cut on an sm_90a card of so many processors");
