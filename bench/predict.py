@@ -171,6 +171,20 @@ def stages(card: Card, s: Shape, size: int) -> dict[str, float]:
     }
 
 
+def through_l2(card: Card, s: Shape, size: int) -> dict[str, tuple[int, float]]:
+    """moe_mlp's products of rows on Hopper: bytes that their tiles fetch through L2, bytes/s in the time predicted."""
+    pre, h, i = roofline.pre_width(s), s.hidden, s.inner
+    products = {"w_in forward": (pre, h, True), "w_out forward": (h, i, False)}
+    products |= {"w_out input gradient": (i, h, True), "w_in input gradient": (h, pre, False)}
+    found = {}
+    for name, (n, k, gathers) in products.items():
+        if s.rows > FEW_ROWS and serves_hopper(card, size, n, k):
+            active = active_experts(s)
+            count = predict_sm90.fetched(card.processors, s.rows, active, s.experts, n, k, gathers=gathers)
+            found[name] = count, count / (product(card, s, size, n, k) - LAUNCH)
+    return found
+
+
 def beside_published(card: Card) -> list[str]:
     """SonicMoE's shapes: TFLOP/s and milliseconds predicted here, TFLOP/s published for an H100 SXM."""
     lines = ["| T, H, I, E, K | predicted forward | published | predicted backward | published |", "| --- " * 5 + "|"]
@@ -206,8 +220,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.shape or CUDA["moe"]:
         shape = parse(name)
         print(f"\n{shape}  {args.dtype}")
-        for stage, seconds in stages(card, shape, 4 if args.dtype == "float32" else 2).items():
+        size = 4 if args.dtype == "float32" else 2
+        for stage, seconds in stages(card, shape, size).items():
             print(f"  {stage:30} predicted {seconds * 1e6:10.1f} us")
+        for name, (count, rate) in through_l2(card, shape, size).items():
+            print(f"  {name:30} predicted {count / 1e9:10.2f} GB through L2, {rate / 1e12:.1f} TB/s")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,26 @@ def product(
     return _seconds(card, work, cycles + in_turns * EPILOGUE[epilogue])
 
 
+def fetches_for_one_another(rows: int, experts: int, gathers: bool) -> bool:
+    """Whether blocks run in clusters of two that share weights: pick_hopper_cluster, on a card with room for them."""
+    return not gathers and rows >= 256 * max(experts, 1)
+
+
+def fetched(processors: int, rows: int, active: int, experts: int, n: int, k: int, *, gathers: bool) -> int:
+    """Bytes of a product that come to shared memory through L2, rows shared out evenly: both operands of each step of
+    a tile, the weights once for the two tiles of a cluster where they are the same."""
+    row_tiles, cols = ceil(rows / active / 128), 128 if takes_turns(processors, rows, experts, n, k) else 256
+    col_tiles, steps = ceil(n / cols), ceil(k / DEPTH)
+    pairs = walked = 0
+    if fetches_for_one_another(rows, experts, gathers):
+        # Up to 16 row tiles of an expert pass a column of tiles before the next; two follow one another in a cluster.
+        groups = [min(16, row_tiles - first) for first in range(0, row_tiles, 16)]
+        for together in (size for _ in range(active) for size in groups for _ in range(col_tiles)):
+            pairs += (together - walked % 2) // 2
+            walked += together
+    return 2 * DEPTH * steps * (active * row_tiles * col_tiles * (128 + cols) - pairs * cols)
+
+
 def weight_gradient(
     card: Card, rows: int, active: int, experts: int, work: Work, n: int, k: int, gathers_a: bool
 ) -> float:

@@ -126,6 +126,12 @@ def wgmmas(pytestconfig):
     return _count_of_emulator(pytestconfig, "moe_ops_simt_wgmmas")
 
 
+@pytest.fixture
+def multicasts(pytestconfig):
+    """Gives how many boxes of TMA the process has sent to several blocks, on the emulator, which counts them."""
+    return _count_of_emulator(pytestconfig, "moe_ops_simt_multicasts")
+
+
 def _count_of_emulator(pytestconfig, name):
     if pytestconfig.getoption("--device") != "simt":
         pytest.skip("only the emulator counts kernels")

@@ -139,6 +139,36 @@ def test_epilogues_by_name():
         tiles(H100, arch=90, k=64, epilogue="add")
 
 
+# Experts have two tiles of rows and more, so that neighbouring blocks multiply the same weights.
+FETCH_FOR_ONE_ANOTHER = {
+    "mixtral-8x7b",
+    "qwen3-30b",
+    "deepseek-v3-ep8",
+    "gpt-oss-20b",
+    "olmoe",
+    "sonic-7b",
+    "sonic-30b",
+    "qwen3-30b-train",
+    "mixtral-8x7b-prefill",
+    "gpt-oss-20b-prefill",
+}
+
+
+@pytest.mark.parametrize("name", STANDING)
+def test_clusters_on_hopper(name):
+    shape = STANDING[name]
+    sizes = {"rows": shape.rows, "experts": shape.experts, "n": shape.hidden, "k": shape.inner}
+    assert tiles(H100, **sizes, arch=90)["cluster"] == (2 if name in FETCH_FOR_ONE_ANOTHER else 1)
+    assert tiles(H100, **sizes, arch=90, gathers=True)["cluster"] == 1
+    assert tiles(H100, **sizes)["cluster"] == 1
+
+
+def test_clusters_where_the_card_has_room_for_them():
+    """Up to a sixteenth of the processors may idle for them; 0: the driver could not tell."""
+    for clusters, expected in ((66, 2), (62, 2), (61, 1), (0, 1)):
+        assert tiles(H100, arch=90, k=2048, clusters=clusters)["cluster"] == expected
+
+
 def test_hopper_takes_what_it_can_copy():
     for options in ({"dtype": "float32"}, {"dtype": "float32", "allow_tf32": True}, {"direct": False}):
         assert tiles(H100, arch=90, k=2048, **options) == tiles(H100, **options)
@@ -154,7 +184,7 @@ def test_sizes_of_nothing():
 
 @pytest.fixture(scope="module")
 def walk(pytestconfig):
-    """walk(offsets, rows, cols, tile rows, tile columns, blocks): [most tiles, 5] as tile_walk.cpp says."""
+    """walk(offsets, rows, cols, tile rows, tile columns, blocks): [most tiles, 6] as tile_walk.cpp says."""
     if pytestconfig.getoption("--device") != "simt":
         pytest.skip("the walk is device code: the emulator shows it")
     function = ctypes.CDLL(str(library.directory() / library.LIBRARIES[1])).moe_ops_simt_tiles
@@ -163,7 +193,7 @@ def walk(pytestconfig):
     def call(offsets, rows, cols, tile_rows, tile_cols, blocks):
         starts = torch.tensor(offsets, dtype=torch.int32)
         sizes = ctypes.c_void_p(starts.data_ptr()), len(offsets) - 1, ctypes.c_int64(rows), ctypes.c_int64(cols)
-        out = torch.empty(function(*sizes, tile_rows, tile_cols, blocks, None), 5, dtype=torch.int64)
+        out = torch.empty(function(*sizes, tile_rows, tile_cols, blocks, None), 6, dtype=torch.int64)
         function(*sizes, tile_rows, tile_cols, blocks, ctypes.c_void_p(out.data_ptr()))
         return out
 
@@ -172,15 +202,17 @@ def walk(pytestconfig):
 
 def expected_walk(offsets, rows, cols, tile_rows, tile_cols):
     """Experts in order, their offsets read from 0, within 0..rows, never falling, then the rows of none; 16 row tiles
-    pass one column of tiles before the next."""
+    pass one column of tiles before the next, and where neighbours have one in common they multiply the same weights."""
     out, begin = [], 0
     for expert, offset in enumerate([*offsets[1:], rows]):
         end = max(begin, min(offset, rows))
         first_rows = range(begin, end, tile_rows)
         for group in range(0, len(first_rows), 16):
             for col in range(0, max(cols, 1), tile_cols):
-                for row in first_rows[group : group + 16]:
-                    out.append([expert, row, col, min(tile_rows, end - row), min(tile_cols, cols - col)])
+                together = first_rows[group : group + 16]
+                for row in together:
+                    like = (row > together[0]) + 2 * (row < together[-1])
+                    out.append([expert, row, col, min(tile_rows, end - row), min(tile_cols, cols - col), like])
         begin = end
     return out
 

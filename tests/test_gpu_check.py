@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,17 @@ def test_predictions_follow_tiles_and_waves(bench_path):
     assert few == pytest.approx((2 * 4096 + 2 * 8192 * 4096 + 2 * 8192) * 2 / 2.039e12 + predict.LAUNCH)
 
 
+def test_predicted_bytes_through_l2(bench_path):
+    import predict_sm90
+
+    # Tiles of [128, 256] in 16 steps: 48 KiB each, 32 where both blocks of a cluster multiply the same weights.
+    fetched = partial(predict_sm90.fetched, 132, n=2048, k=1024)
+    assert fetched(4096, 1, 1, gathers=True) == 32 * 8 * 16 * 48 * 1024
+    assert fetched(4096, 1, 1, gathers=False) == 32 * 8 * 16 * 32 * 1024
+    # 3 row tiles an expert, 8 columns of tiles: of two columns one pair multiplies different weights.
+    assert fetched(3 * 128 * 8, 8, 8, gathers=False) == 8 * 4 * 16 * (2 * 2 * 32 + 2 * 48) * 1024
+
+
 def test_a_bench_on_cuda_says_what_is_missing(bench_path, capsys):
     import torch
 
@@ -141,3 +153,7 @@ def test_predictions_take_the_tiles_that_are_launched(bench_path):
     for card, s in cases:
         tiles = _C.gemm_tiles(card.processors, "bfloat16", s.rows, s.experts, 2 * s.inner)
         assert (tiles["rows"] == 128) == predict.prefers_large_tiles(card, s, 2 * s.inner), (card.title, str(s))
+        if card.wgmma_share > 0:
+            tiles = _C.gemm_tiles(card.processors, "bfloat16", s.rows, s.experts, s.hidden, arch=90, k=s.inner)
+            shares = predict.predict_sm90.fetches_for_one_another(s.rows, s.experts, gathers=False)
+            assert tiles["cluster"] == (2 if shares else 1), (card.title, str(s))

@@ -1,5 +1,7 @@
 """grouped_gemm: every expert's rows times its weight; gradients of rows, weights and biases."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from cases import (
     same_rows,
     some_dropped,
 )
-from moe_ops import reference
+from moe_ops import _C, reference
 
 
 def offsets_of(counts):
@@ -284,6 +286,62 @@ def test_hopper_multiplies_with_wgmma(arch, counts, n, k, used, dtype, device, w
     assert torch.equal(out.detach().double(), torch.einsum("rk,rnk->rn", a, w[expert]).to(dtype).double())
     assert torch.equal(grads[0].double(), torch.einsum("rn,rnk->rk", grad, w[expert]).to(dtype).double())
     assert torch.equal(grads[1].double(), torch.einsum("re,rn,rk->enk", belongs, grad, a).to(dtype).double())
+
+
+def shared_boxes(offsets, n, k, cols, boxes):
+    """Boxes that went to both blocks of a cluster: each block's half of every step, where the tiles at 2 i and 2 i + 1
+    of the walk multiply the same weights. cols: of a tile; boxes: of half a tile's columns."""
+    walk = []  # (expert, group of rows, first column)
+    for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        row_tiles = -(-(end - begin) // 128)
+        for group in range(0, row_tiles, 16):
+            for col in range(0, n, cols):
+                walk += [(expert, group, col)] * min(16, row_tiles - group)
+    pairs = sum(first == second for first, second in zip(walk[::2], walk[1::2], strict=False))
+    return pairs * 2 * -(-k // 64) * boxes
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shared_tiles", [False, True], ids=["in turns", "shared"])
+@pytest.mark.parametrize("k_major", [True, False])
+@pytest.mark.parametrize(
+    ("counts", "n", "k"),
+    [
+        ((385, 0, 700, 1), 200, 72),  # odd numbers of row tiles, an expert of one row, columns and K end within a tile
+        ((256,), 8, 64),  # fewer pairs than clusters
+        ((129, 600), 520, 8),  # more, and the last tile alone
+    ],
+)
+def test_blocks_fetch_weights_for_one_another(
+    counts, n, k, k_major, shared_tiles, dtype, device, multicasts, monkeypatch
+):
+    """Clusters on sm_90a: as many boxes go to two blocks as can, and the bits are those of blocks that run alone, as
+    they do where rows are gathered. The last rows are no expert's."""
+    monkeypatch.setenv("MOE_OPS_SIMT_ARCH", "90")
+    ids = torch.cat([torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.full((40,), -1)])
+    plan = reference.plan(ids.unsqueeze(1), len(counts))
+    rows, w = randn(len(ids), k, dtype=dtype), randn(len(counts), n, k, dtype=dtype, seed=1)
+    if not k_major:
+        w = w.mT.contiguous().mT
+    chosen = _C.gemm_tiles(4, str(dtype).removeprefix("torch."), len(ids), len(counts), n, arch=90, k=k)
+    cols = 256 if shared_tiles else 128
+    assert chosen["cluster"] == 2 and (shared_tiles or chosen["cols"] == cols)
+    moe_ops.set_batch_invariant(shared_tiles)
+    try:
+        before = multicasts()
+        together = moe_ops.grouped_gemm(place(rows, device), place(w, device), place(plan.offsets, device))
+        between = multicasts()
+        alone = gathered(ids.unsqueeze(1), len(counts))(moe_ops, place(rows, device), place(w, device))
+    finally:
+        moe_ops.set_batch_invariant(False)
+    assert between - before == shared_boxes(plan.offsets, n, k, cols, 1 if k_major else cols // 128) > 0
+    assert multicasts() == between
+    assert_bitwise_equal(together, alone)
+    assert_as_accurate(
+        together,
+        reference.grouped_gemm(rows, w, plan.offsets),
+        product(plan.offsets)(reference, rows.double(), w.double()),
+    )
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)

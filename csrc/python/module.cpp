@@ -6,8 +6,8 @@
 #include "cpu/isa.h"
 #include "cpu/roof.h"
 #include "cuda/architectures.h"
+#include "cuda/launch/gemm_clusters_sm90.h"
 #include "cuda/launch/gemm_config.h"
-#include "cuda/launch/gemm_tiles_sm90.h"
 #include "cuda/launch/weight_grad_tiles.h"
 
 namespace py = pybind11;
@@ -59,12 +59,15 @@ moe::Epilogue epilogue_named(const std::string& name) {
 
 // The kernels of sm_90a have shapes of their own, and take two-byte operands that are copied as they lie.
 py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int64_t experts, int64_t n, bool direct,
-                    bool allow_tf32, int arch, int64_t k, const std::string& epilogue) {
+                    bool allow_tf32, int arch, int64_t k, const std::string& epilogue, bool gathers, int clusters) {
   using namespace py::literals;
   if (arch == 90 && direct && dtype_named(dtype) != moe::Dtype::float32) {
-    const moe::HopperTiles tiles = moe::pick_hopper_tiles(processors, {rows, experts, n, k, epilogue_named(epilogue)});
-    return py::dict("rows"_a = tiles.rows, "cols"_a = tiles.cols, "depth"_a = tiles.kDepth, "stages"_a = tiles.stages,
-                    "threads"_a = tiles.kThreads, "blocks"_a = 1, "tensor_cores"_a = true);
+    const moe::HopperGemmProblem problem{rows, experts, n, k, epilogue_named(epilogue)};
+    const moe::HopperTiles tiles = moe::pick_hopper_tiles(processors, problem);
+    return py::dict(
+        "rows"_a = tiles.rows, "cols"_a = tiles.cols, "depth"_a = tiles.kDepth, "stages"_a = tiles.stages,
+        "threads"_a = tiles.kThreads, "blocks"_a = 1, "tensor_cores"_a = true,
+        "cluster"_a = moe::pick_hopper_cluster(processors, clusters < 0 ? processors / 2 : clusters, problem, gathers));
   }
   const moe::GemmConfig config = moe::pick_config(processors, {.dtype = dtype_named(dtype),
                                                                .rows = rows,
@@ -73,7 +76,8 @@ py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int6
                                                                .direct = direct,
                                                                .allow_tf32 = allow_tf32});
   return py::dict("rows"_a = config.rows, "cols"_a = config.cols, "depth"_a = config.depth, "stages"_a = config.stages,
-                  "threads"_a = config.threads(), "blocks"_a = config.blocks, "tensor_cores"_a = config.tensor_cores);
+                  "threads"_a = config.threads(), "blocks"_a = config.blocks, "tensor_cores"_a = config.tensor_cores,
+                  "cluster"_a = 1);
 }
 
 py::dict weight_grad_tiles(int processors, int64_t experts, int64_t n, int64_t k, bool gathers_a) {
@@ -104,12 +108,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_kernels_start_early", &moe::may_start_early, py::arg("architectures"), py::arg("arch"),
       "Whether what such a card loads of them waits for the grids ahead, so that it may start before those have ended");
-  m.def("gemm_tiles", &gemm_tiles, py::arg("processors"), py::arg("dtype"), py::arg("rows"), py::arg("experts"),
-        py::arg("n"), py::kw_only(), py::arg("direct") = true, py::arg("allow_tf32") = false, py::arg("arch") = 80,
-        py::arg("k") = 0, py::arg("epilogue") = "store",
-        "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
-        "copied as they lie; arch: the card's compute capability; k: the reduction, and epilogue: store, "
-        "activate or activate_backward, which count from sm_90 on");
+  m.def(
+      "gemm_tiles", &gemm_tiles, py::arg("processors"), py::arg("dtype"), py::arg("rows"), py::arg("experts"),
+      py::arg("n"), py::kw_only(), py::arg("direct") = true, py::arg("allow_tf32") = false, py::arg("arch") = 80,
+      py::arg("k") = 0, py::arg("epilogue") = "store", py::arg("gathers") = false, py::arg("clusters") = -1,
+      "How a grouped GEMM of more than 64 rows is cut on a card of so many processors; direct: the operands are "
+      "copied as they lie; arch: the card's compute capability. From sm_90 on these count: k: the reduction; epilogue: "
+      "store, activate or activate_backward; gathers: rows are gathered; clusters: how many of two blocks the card "
+      "holds (by default one on every pair of processors). cluster: the blocks that fetch weights for one another");
   m.def("weight_grad_tiles", &weight_grad_tiles, py::arg("processors"), py::arg("experts"), py::arg("n"), py::arg("k"),
         py::kw_only(), py::arg("gathers_a") = false,
         "How a weight gradient [experts, n, k] in 16 bits is cut on an sm_90a card of so many processors");

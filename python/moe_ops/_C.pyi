@@ -21,4 +21,6 @@ def gemm_tiles(
     arch: int = 80,
     k: int = 0,
     epilogue: str = "store",
+    gathers: bool = False,
+    clusters: int = -1,
 ) -> dict[str, int]: ...

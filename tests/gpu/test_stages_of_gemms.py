@@ -80,6 +80,20 @@ def test_store(case, dtype, orient, place, batch_invariant, card):
     hold({"result": ours}, eager, oracle)
 
 
+def multiply(card, a, w, offsets, slots=None, *, batch_invariant=False):
+    """a's rows times the weights of their expert; with slots, row r of the product is that of a's row slots[r]."""
+    (experts, n, k), rows = w.shape, len(a)
+    out = card.new(rows, n, dtype=a.dtype)
+    gather = {} if slots is None else {"row_slot": card.put(slots), "width": 1}
+    card.run(
+        "grouped_gemm", "GroupedGemmParams", num_experts=experts, num_rows=rows, n=n, k=k,
+        a=STRUCTS["GatheredRows"](rows=card.matrix(a), num_rows=rows, **gather),
+        weight=card.weights(w), offsets=card.put(offsets), out=card.matrix(out), batch_invariant=batch_invariant,
+    )  # fmt: skip
+    card.fetch()
+    return out
+
+
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
 @every_orientation
@@ -95,15 +109,25 @@ def test_many_tiles(gathered, dtype, orient, k, batch_invariant, card):
     x[slots.long()] = a
     w = orient(randn(len(ends) - 1, n, k, dtype=dtype, seed=1, scale=k**-0.5))
     oracle, eager = references(lambda api, a, w: api.grouped_gemm(a, w, offsets), {"a": a, "w": w}, (), {})
-    out = card.new(rows, n, dtype=dtype)
-    gather = {"row_slot": card.put(slots), "width": 1} if gathered else {}
-    card.run(
-        "grouped_gemm", "GroupedGemmParams", num_experts=len(ends) - 1, num_rows=rows, n=n, k=k,
-        a=STRUCTS["GatheredRows"](rows=card.matrix(x if gathered else a), num_rows=rows, **gather),
-        weight=card.weights(w), offsets=card.put(offsets), out=card.matrix(out), batch_invariant=batch_invariant,
-    )  # fmt: skip
-    card.fetch()
+    out = multiply(card, *((x, w, offsets, slots) if gathered else (a, w, offsets)), batch_invariant=batch_invariant)
     hold({"result": out}, eager, oracle)
+
+
+@pytest.mark.parametrize("ends", [(0, 385, 385, 386, 1030), (0, 300)], ids=["more_tiles_than_processors", "few_tiles"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
+@every_orientation
+@every_tiles
+def test_blocks_fetch_weights_for_one_another(ends, dtype, orient, batch_invariant, card):
+    """On sm_90a: 256 rows an expert and more, odd numbers of row tiles, the last tile alone, rows of none; bitwise as
+    by blocks that run alone, as they do where rows are gathered."""
+    rows, n, k = ends[-1] + 60, 2936 if len(ends) > 2 else 40, 328
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    a, w = randn(rows, k, dtype=dtype), orient(randn(len(ends) - 1, n, k, dtype=dtype, seed=1, scale=k**-0.5))
+    oracle, eager = references(lambda api, a, w: api.grouped_gemm(a, w, offsets), {"a": a, "w": w}, (), {})
+    together = multiply(card, a, w, offsets, batch_invariant=batch_invariant)
+    hold({"result": together}, eager, oracle)
+    slots = torch.arange(rows, dtype=torch.int32)
+    assert_bitwise_equal(together, multiply(card, a, w, offsets, slots, batch_invariant=batch_invariant))
 
 
 @pytest.mark.parametrize("tokens", [3, 70])

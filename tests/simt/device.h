@@ -40,7 +40,7 @@ struct Device {
     const char* text = std::getenv("MOE_OPS_SIMT_ARCH");
     return text ? std::atoi(text) : 80;
   }
-  int processors() const { return 4; }  // few, so that persistent kernels walk
+  int processors() const { return simt::kProcessors; }
   bool starts_early() const { return arch() == 90; }
   void* scratch(int64_t bytes) const { return scratch_.emplace_back(size_t(bytes), "scratch").data(); }
 

@@ -34,7 +34,8 @@ __global__ void walk_gradients(GradientTiles tiles, const int32_t* offsets, int6
 
 }  // namespace moe
 
-// out [count, 5]: expert, first row, first column, rows, columns. Returns how many tiles there may be; without `out`
+// out [count, 6]: expert, first row, first column, rows, columns, whether the tile before (1) and the next (2) multiply
+// the same weights. Returns how many tiles there may be; without `out`
 // nothing is walked.
 extern "C" __attribute__((visibility("default"))) int64_t moe_ops_simt_tiles(const int32_t* offsets, int experts,
                                                                              int64_t rows, int64_t cols, int tile_rows,
@@ -52,7 +53,8 @@ extern "C" __attribute__((visibility("default"))) int64_t moe_ops_simt_tiles(con
   moe::launch({.grid = blocks, .block = 32}, moe::walk_tiles, grid, tiles.data());
   moe::check(cudaStreamSynchronize(nullptr));
   for (const moe::Tile& tile : tiles)
-    for (int64_t value : {int64_t(tile.expert), tile.row_begin, tile.col_begin, int64_t(tile.rows), int64_t(tile.cols)})
+    for (int64_t value : {int64_t(tile.expert), tile.row_begin, tile.col_begin, int64_t(tile.rows), int64_t(tile.cols),
+                          int64_t(tile.after_like + 2 * tile.before_like)})
       *out++ = value;
   return count;
 }

@@ -3,9 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace moe {
 
@@ -49,6 +52,31 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
                                   .attrs = attributes,
                                   .numAttrs = count};
   check(cudaLaunchKernelEx(&config, kernel, Params(args)...));
+}
+
+// How many clusters of such a launch the current card holds at once; 0 where the driver cannot tell. Asked once.
+template <class... Params>
+int resident_clusters(const Launch& at, void (*kernel)(Params...)) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, void (*)(Params...)>, int> known;
+  int device = 0, clusters = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find({device, kernel}); found != known.end()) return found->second;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(at.shared_bytes)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {at.cluster, 1, 1};
+  const cudaLaunchConfig_t config{.gridDim = dim3(at.cluster),
+                                  .blockDim = at.block,
+                                  .dynamicSmemBytes = at.shared_bytes,
+                                  .attrs = &attribute,
+                                  .numAttrs = 1};
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    clusters = 0;
+  }
+  return known[{device, kernel}] = clusters;
 }
 
 namespace arch {

@@ -76,6 +76,25 @@ struct Barrier {
   }
 };
 
+// Barriers of a block of the cluster, perhaps the own, which lives while they are used: their place is found once.
+class BarriersOfBlock {
+ public:
+  // `any` barrier of this block.
+  __device__ __forceinline__ BarriersOfBlock(const Barrier& any, uint32_t block) {
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(distance_) : "r"(shared_address(&any)), "r"(block));
+    distance_ -= shared_address(&any);
+  }
+
+  // At the barrier of the same name there: says that this thread has read something. What it wrote is not handed over:
+  // for that there is Barrier::arrive_at, a fence of the GPU each time.
+  __device__ __forceinline__ void arrive_at(Barrier& same) const {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(shared_address(&same) + distance_) : "memory");
+  }
+
+ private:
+  uint32_t distance_;  // from a barrier here to the one there
+};
+
 // After init: makes the barriers known to the cluster and to copies; a barrier of block or cluster follows.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

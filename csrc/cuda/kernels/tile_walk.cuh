@@ -12,7 +12,8 @@ namespace moe {
 struct Tile {
   int expert;
   int64_t row_begin, col_begin;
-  int rows, cols;  // of the result, at most those of the walk's tiles
+  int rows, cols;                // of the result, at most those of the walk's tiles
+  bool after_like, before_like;  // whether the walk's tile before this one, and the next, multiply the same weights
 };
 
 // How the result is cut into tiles.
@@ -79,12 +80,15 @@ class TileWalk {
   __device__ void place(int expert, int index, int begin, int end) {
     const int col_tiles = grid_.col_tiles(), first = index / (kRowTilesTogether * col_tiles) * kRowTilesTogether;
     const int together = min(row_tiles(begin, end) - first, kRowTilesTogether), within = index - first * col_tiles;
-    const int64_t row = int64_t(first + within % together) * grid_.rows, col = int64_t(within / together) * grid_.cols;
+    const int row_tile = within % together;
+    const int64_t row = int64_t(first + row_tile) * grid_.rows, col = int64_t(within / together) * grid_.cols;
     tile_ = {.expert = expert,
              .row_begin = begin + row,
              .col_begin = col,
              .rows = int(min(end - begin - row, int64_t(grid_.rows))),
-             .cols = int(min(grid_.num_cols - col, int64_t(grid_.cols)))};
+             .cols = int(min(grid_.num_cols - col, int64_t(grid_.cols))),
+             .after_like = row_tile > 0,
+             .before_like = row_tile + 1 < together};
   }
 
   const TileGrid& grid_;

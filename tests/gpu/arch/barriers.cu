@@ -115,6 +115,43 @@ __global__ void pass_round(int* out) {
   arch::sync_cluster();  // no block goes while it is read
 }
 
+// What a block has read is written over only when the other one says that it has read it too.
+__global__ void read_in_turn(int* out) {
+  auto& shared = arch::shared<TokenShared>();
+  const uint32_t rank = arch::block_in_cluster();
+  if (threadIdx.x == 0) {
+    shared.come.init(2);
+    arch::fence_barrier_init();
+  }
+  arch::sync_cluster();
+  for (int i = 0; i < 10; ++i) {
+    if (threadIdx.x == 0) shared.token = 2 * i + int(rank);
+    arch::sync_cluster();
+    if (threadIdx.x < 2) {
+      const int read = *arch::in_block(&shared.token, 1 - rank);
+      if (threadIdx.x == 0) out[blockIdx.x * 10 + i] = read;
+      // Of the two threads one tells each block; by a sum with what was read, so that it has been.
+      arch::BarriersOfBlock(shared.come, (threadIdx.x + uint32_t(read)) % 2).arrive_at(shared.come);
+      shared.come.wait(uint32_t(i % 2));
+    }
+  }
+  arch::sync_cluster();
+}
+
+bool check_reads() {
+  const Device device;
+  int* out = put(device, std::vector<int>(40));
+  launch({.grid = dim3(4),
+          .block = dim3(32),
+          .shared_bytes = sizeof(TokenShared),
+          .stream = device.stream(),
+          .cluster = 2},
+         read_in_turn, out);
+  std::vector<int> expected;
+  for (int i = 0; i < 40; ++i) expected.push_back(2 * (i % 10) + 1 - i / 10 % 2);
+  return expect_equal("arrivals at blocks of a cluster", fetch(device, out, 40), expected);
+}
+
 bool check_clusters() {
   const Device device;
   int* out = put(device, std::vector<int>(12));
@@ -151,6 +188,7 @@ int main() {
   bool right = moe::check_ring();
   right &= moe::check_hand_over();
   right &= moe::check_clusters();
+  right &= moe::check_reads();
   right &= moe::check_early_grids();
   return right ? 0 : 1;
 }

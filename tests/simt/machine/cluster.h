@@ -5,6 +5,8 @@
 
 namespace simt {
 
+inline uint64_t multicasts = 0;  // of this process: boxes that went to several blocks
+
 class Cluster {
  public:
   explicit Cluster(const GridOrder& order) : order_(order) {}

@@ -42,6 +42,9 @@ inline uint64_t seed() {
   return value;
 }
 
+// Few, so that persistent kernels walk.
+inline constexpr unsigned kProcessors = 4;
+
 // NaN in every float type; as an integer -1, or with odd seeds an index far too large.
 inline unsigned char poison() { return seed() % 2 ? 0x7f : 0xff; }
 

@@ -35,8 +35,9 @@ struct Shared {
 
 struct Params {
   arch::TensorMap a, b, d;
-  const T *a_rows, *b_rows;  // [64, 64 kSteps]
-  float* out;                // [64, 64]
+  arch::TensorMap half_of_b;  // 32 rows
+  const T *a_rows, *b_rows;   // [64, 64 kSteps]
+  float* out;                 // [64, 64]
 };
 
 enum class Fault {
@@ -56,6 +57,9 @@ enum class Fault {
   store_not_waited_for,
   wgmma_not_waited_for,
   warps_disagree,
+  own_consumers_only,
+  ends_before_its_neighbour,
+  idle_block_ends,
 };
 
 __device__ void init_barriers(Shared& shared, uint32_t producers, bool fence) {
@@ -66,9 +70,10 @@ __device__ void init_barriers(Shared& shared, uint32_t producers, bool fence) {
   arch::sync_block();
 }
 
-// Consumers: four warps multiply what lies in the stages, and store it by TMA.
+// Consumers: four warps multiply what lies in the stages, and store it by TMA. release: by each thread, when it has
+// read.
 template <Fault fault, bool by_threads>
-__device__ void consume(Shared& shared, const Params& p) {
+__device__ void consume(Shared& shared, const Params& p, auto release) {
   float d[32];
   for (int step = 0; step < kSteps; ++step) {
     const int stage = step % 2;
@@ -81,12 +86,12 @@ __device__ void consume(Shared& shared, const Params& p) {
     for (uint32_t k = 0; k < (fault == Fault::warps_disagree && threadIdx.x / 32 == 2 ? 3 : 4); ++k)
       arch::wgmma<T, 64>(d, arch::wgmma_advance(a, 32 * k), arch::wgmma_advance(b, 32 * k), step > 0 || k > 0);
     arch::wgmma_commit();
-    if (fault == Fault::slot_released_early) shared.empty[stage].arrive();
+    if (fault == Fault::slot_released_early) release(shared.empty[stage]);
     if (fault == Fault::wgmma_not_waited_for && step == kSteps - 1) return;
     if (fault == Fault::accumulators_read_early && step == kSteps - 1) break;
     arch::wgmma_wait<0>();
     arch::wgmma_hold(d);
-    if (fault != Fault::slot_released_early) shared.empty[stage].arrive();
+    if (fault != Fault::slot_released_early) release(shared.empty[stage]);
   }
   if (fault == Fault::fence_too_early) arch::fence_async_proxy();
   const int row = int(threadIdx.x) / 32 * 16 + arch::lane_id() / 4, column = arch::lane_id() % 4 * 2;
@@ -100,6 +105,11 @@ __device__ void consume(Shared& shared, const Params& p) {
     if (fault != Fault::store_not_waited_for) arch::tma_wait_read<0>();
   }
   if (fault == Fault::accumulators_read_early) arch::wgmma_wait<0>();
+}
+
+template <Fault fault, bool by_threads>
+__device__ void consume(Shared& shared, const Params& p) {
+  consume<fault, by_threads>(shared, p, [](arch::Barrier& empty) { empty.arrive(); });
 }
 
 // A warp loads the stages by TMA.
@@ -117,6 +127,37 @@ __global__ void by_tma(const __grid_constant__ Params p) {
     arch::tma_load(shared.stages[stage].a, p.a, shared.full[stage], 64 * step, 0);
     arch::tma_load(shared.stages[stage].b, p.b, shared.full[stage], 64 * step, 0);
   }
+}
+
+// Two blocks of a cluster do the same: each loads half of b for both. An idle one leaves it all to the other.
+template <Fault fault>
+__global__ void by_multicast(const __grid_constant__ Params p) {
+  auto& shared = arch::shared<Shared>();
+  constexpr bool idles = fault == Fault::idle_block_ends;
+  constexpr uint32_t readers = fault == Fault::own_consumers_only || idles ? 1 : 2;
+  const uint32_t rank = arch::block_in_cluster();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) shared.full[i].init(1), shared.empty[i].init(128 * readers);
+    arch::fence_barrier_init();
+  }
+  arch::sync_cluster();
+  if (idles && rank == 1) return;
+  if (threadIdx.x < 128) {
+    consume<fault, false>(shared, p, [&](arch::Barrier& empty) {
+      for (uint32_t i = 0; i < readers; ++i) arch::BarriersOfBlock(empty, (rank + i) % 2).arrive_at(empty);
+    });
+  } else if (threadIdx.x == 128) {
+    for (int step = 0; step < kSteps; ++step) {
+      const int stage = step % 2;
+      shared.empty[stage].wait(uint32_t(step / 2 % 2) ^ 1);
+      shared.full[stage].arrive_expect_bytes(sizeof(Operands));
+      arch::tma_load(shared.stages[stage].a, p.a, shared.full[stage], 64 * step, 0);
+      for (int row = 0; row < 64; row += 32)
+        if (idles || int(rank) == row / 32)
+          arch::tma_load_to(0b11, shared.stages[stage].b + row * 64, p.half_of_b, shared.full[stage], 64 * step, row);
+    }
+  }
+  if (fault != Fault::ends_before_its_neighbour) arch::sync_cluster();
 }
 
 // Threads bring the stages: by cp.async, or by stores of their own.
@@ -164,7 +205,7 @@ __global__ void by_stores(const __grid_constant__ Params p) {
   }
 }
 
-void run(void (*kernel)(Params)) {
+void run(void (*kernel)(Params), unsigned blocks) {
   Device device;
   const int count = 64 * 64 * kSteps;
   auto* a = static_cast<T*>(device.scratch(count * 2));
@@ -179,14 +220,17 @@ void run(void (*kernel)(Params)) {
                    .box = {64, 64, 1}};
   BoxedTensor of_b = of_a, of_d = of_a;
   of_b.data = b;
+  BoxedTensor of_half = of_b;
+  of_half.box = {64, 32, 1};
   of_d.data = out, of_d.dtype = Dtype::float32, of_d.sizes = {64, 64, 1}, of_d.strides = {64, 0}, of_d.swizzled = false;
   const Params params{.a = tensor_map(of_a, "faults"),
                       .b = tensor_map(of_b, "faults"),
                       .d = tensor_map(of_d, "faults"),
+                      .half_of_b = tensor_map(of_half, "faults"),
                       .a_rows = a,
                       .b_rows = b,
                       .out = out};
-  launch({.grid = dim3(1), .block = dim3(160), .shared_bytes = sizeof(Shared)}, kernel, params);
+  launch({.grid = dim3(blocks), .block = dim3(160), .shared_bytes = sizeof(Shared), .cluster = blocks}, kernel, params);
   check(cudaStreamSynchronize(nullptr));
   for (int i = 0; i < 64 * 64; ++i) {
     float sum = 0;
@@ -298,6 +342,12 @@ int main(int argc, char** argv) {
       {"warps_disagree", mended ? by_tma<Fault::none> : by_tma<Fault::warps_disagree>},
       {"wgmma_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::wgmma_not_waited_for>},
   };
+  const std::map<std::string, Kernel> of_clusters{
+      {"own_consumers_only", mended ? by_multicast<Fault::none> : by_multicast<Fault::own_consumers_only>},
+      {"ends_before_its_neighbour",
+       mended ? by_multicast<Fault::none> : by_multicast<Fault::ends_before_its_neighbour>},
+      {"idle_block_ends", mended ? by_multicast<Fault::none> : by_multicast<Fault::idle_block_ends>},
+  };
   try {
     if (name == "missing_named_barrier") {
       run_small(mended ? missing_named_barrier<true> : missing_named_barrier<false>, 1, 64);
@@ -309,8 +359,10 @@ int main(int argc, char** argv) {
       run_small(mended ? block_ends_early<true> : block_ends_early<false>, 2, 32);
     } else if (name == "wrong_parity") {
       run_small(mended ? wrong_parity<true> : wrong_parity<false>, 1, 64);
+    } else if (of_clusters.contains(name)) {
+      run(of_clusters.at(name), 2);
     } else {
-      run(products.at(name));
+      run(products.at(name), 1);
     }
   } catch (const std::exception& error) {
     std::puts(error.what());

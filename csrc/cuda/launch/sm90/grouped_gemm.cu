@@ -1,9 +1,9 @@
-// Starts the ragged-M grouped GEMM of sm_90a: as many blocks as there are processors.
+// Starts the ragged-M grouped GEMM of sm_90a: as many blocks as there are processors, alone or in clusters of two.
 #include <algorithm>
 #include <limits>
 
 #include "cuda/kernels/grouped_gemm_sm90.cuh"
-#include "cuda/launch/gemm_tiles_sm90.h"
+#include "cuda/launch/gemm_clusters_sm90.h"
 #include "cuda/launch/grouped_gemm.h"
 #include "cuda/launch/tensor_map.h"
 #include "cuda/launch/variant.h"
@@ -44,6 +44,10 @@ bool takes(const GroupedGemmParams& p, const Device& device) {
   return rows && weights_are_aligned(p) && has_tensor_map(boxed_weights(p, 128));
 }
 
+HopperGemmProblem problem_of(const GroupedGemmParams& p) {
+  return {.rows = p.num_rows, .experts = p.num_experts, .n = p.n, .k = p.k, .epilogue = p.epilogue};
+}
+
 template <class T, class Config, bool k_major>
 void start(const GroupedGemmParams& p, const Device& device) {
   constexpr HopperTiles tiles = Config::value;
@@ -53,27 +57,31 @@ void start(const GroupedGemmParams& p, const Device& device) {
                       .grid = tile_grid(p, tiles.rows, tiles.cols),
                       .parts = nullptr,
                       .rows_by_tma = !p.a.row_slot,
+                      .cluster = 1,
                       .row_boxes = {},
                       .weight_boxes = tensor_map(boxed_weights(p, tiles.cols), "grouped_gemm")};
   const int col_tiles = at.grid.col_tiles();
   if (p.grad_score) at.parts = static_cast<float*>(device.scratch(p.num_rows * col_tiles * int64_t(sizeof(float))));
   if (at.rows_by_tma) at.row_boxes = tensor_map(boxed_rows(p, tiles.rows), "grouped_gemm");
-  launch({.grid = unsigned(std::min(at.grid.most_tiles(), device.processors())),
-          .block = unsigned(tiles.kThreads),
-          .shared_bytes = sizeof(Shared),
-          .stream = device.stream(),
-          .early = device.starts_early()},
-         grouped_gemm_sm90_kernel<T, Config, k_major>, at);
+  const auto kernel = grouped_gemm_sm90_kernel<T, Config, k_major>;
+  Launch how{.block = unsigned(tiles.kThreads),
+             .shared_bytes = sizeof(Shared),
+             .stream = device.stream(),
+             .cluster = 2,
+             .early = device.starts_early()};
+  const int clusters = at.rows_by_tma ? resident_clusters(how, kernel) : 0;
+  at.cluster = pick_hopper_cluster(device.processors(), clusters, problem_of(p), !at.rows_by_tma);
+  const int most = at.cluster == 1 ? device.processors() : 2 * clusters;
+  how.cluster = unsigned(at.cluster);
+  how.grid = unsigned(ceil_div(std::min(at.grid.most_tiles(), most), at.cluster) * at.cluster);
+  launch(how, kernel, at);
   if (p.grad_score) sum_score_gradients(p, at.parts, col_tiles, device);
 }
 
 template <class T>
 void choose(const GroupedGemmParams& p, const Device& device) {
   HopperTiles tiles = kSharedTiles;  // one choice for all numbers of rows: the score gradient is summed by tiles
-  if (!p.batch_invariant)
-    tiles =
-        pick_hopper_tiles(device.processors(),
-                          {.rows = p.num_rows, .experts = p.num_experts, .n = p.n, .k = p.k, .epilogue = p.epilogue});
+  if (!p.batch_invariant) tiles = pick_hopper_tiles(device.processors(), problem_of(p));
   std::visit(
       [&](auto k_major) {
         if (tiles == kSharedTiles) start<T, SharedTiles, k_major>(p, device);

@@ -46,6 +46,12 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
                      .kernel = reinterpret_cast<const void*>(kernel)});
 }
 
+// A block on each processor.
+template <class... Params>
+int resident_clusters(const Launch& at, void (*)(Params...)) {
+  return int(simt::kProcessors / at.cluster);
+}
+
 namespace arch {
 
 template <class T>

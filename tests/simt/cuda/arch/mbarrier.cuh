@@ -96,6 +96,16 @@ struct Barrier {
   }
 };
 
+class BarriersOfBlock {
+ public:
+  BarriersOfBlock(const Barrier&, uint32_t block) : block_(block) {}
+
+  void arrive_at(Barrier& same, simt::Where where = simt::Where::current()) const { same.arrive_at(block_, where); }
+
+ private:
+  uint32_t block_;
+};
+
 inline void fence_barrier_init() {
   for (auto& [place, barrier] : simt::Block::current->mbarriers()) barrier.known_to_copies = true;
 }

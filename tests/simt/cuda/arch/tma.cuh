@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -76,6 +77,7 @@ inline void load_box(uint16_t blocks, int rank, void* shared, const TensorMap& m
   const TensorBoxes boxes = map.boxes;
   expect_box(boxes, rank, shared, "tma_load", where);
   const uint32_t to = shared_address(shared);
+  simt::multicasts += std::popcount(blocks) > 1;
   for (unsigned target = 0; target < 16; ++target) {
     if (!(blocks >> target & 1)) continue;
     if (target >= own.cluster().size()) simt::fail("tma_load to a block that the cluster has not", where);
