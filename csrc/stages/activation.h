@@ -8,9 +8,9 @@
 namespace moe {
 
 // Of the standard normal distribution.
-template <class V>
+template <class M>
 struct Normal {
-  V cdf, density;
+  typename M::V cdf, density;
 };
 
 template <class M>
@@ -34,7 +34,7 @@ struct ActivationMath {
         return {value, sigma + alpha * (value * (one - sigma))};
       }
       case Act::gelu: {
-        const Normal<V> normal = M::normal(z);
+        const Normal<M> normal = M::normal(z);
         if constexpr (!derivative) return {z * normal.cdf, normal.cdf};
         return {z * normal.cdf, normal.cdf + z * normal.density};
       }
@@ -44,13 +44,14 @@ struct ActivationMath {
           const V square = z * z, t = M::tanh(root * z * (one + cubic * square)), cdf = half * (one + t);
           if constexpr (!derivative) return {z * cdf, cdf};
           return {z * cdf, cdf + half * z * (one - t * t) * root * (one + M::constant(3) * cubic * square)};
+        } else {
+          constexpr double root = 0.79788456080286535588, cubic = 0.044715 * root;
+          const V linear = M::constant(2 * root), square = z * z;
+          const V cdf = M::sigmoid(z * (M::constant(2 * cubic) * square + linear));  // as 1 + tanh(x) is 2 sigmoid(2 x)
+          const V value = z * cdf;
+          if constexpr (!derivative) return {value, value};
+          return {value, cdf + value * (one - cdf) * (M::constant(6 * cubic) * square + linear)};
         }
-        constexpr double root = 0.79788456080286535588, cubic = 0.044715 * root;
-        const V linear = M::constant(2 * root), square = z * z;
-        const V cdf = M::sigmoid(z * (M::constant(2 * cubic) * square + linear));  // as 1 + tanh(x) is 2 sigmoid(2 x)
-        const V value = z * cdf;
-        if constexpr (!derivative) return {value, value};
-        return {value, cdf + value * (one - cdf) * (M::constant(6 * cubic) * square + linear)};
       }
       case Act::relu: {
         const V zero = M::constant(0);

@@ -16,7 +16,7 @@ struct LaneMath {
   static constexpr bool has_tanh = true;
   static MOE_INLINE V tanh(V x) { return MOE_ISA::tanh<C>(x); }
   static MOE_INLINE V sigmoid(V x) { return MOE_ISA::sigmoid<C>(x); }
-  static MOE_INLINE Normal<V> normal(V x) {
+  static MOE_INLINE Normal<LaneMath> normal(V x) {
     return {C(0.5) * (C(1) + MOE_ISA::erf<C>(x * C(0.70710678118654752440))),
             C(0.39894228040143267794) * MOE_ISA::exp<C>(C(-0.5) * x * x)};
   }

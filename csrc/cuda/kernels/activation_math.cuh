@@ -16,7 +16,7 @@ struct FloatMath {
   static constexpr bool has_tanh = true;
   static MOE_INLINE float tanh(float x) { return tanhf(x); }
   static MOE_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-  static MOE_INLINE Normal<float> normal(float x) {
+  static MOE_INLINE Normal<FloatMath> normal(float x) {
     return {0.5f * (1.0f + erff(x * 0.70710678f)), 0.39894228f * expf(-0.5f * x * x)};
   }
   static MOE_INLINE float select(bool mask, float a, float b) { return mask ? a : b; }
@@ -33,7 +33,7 @@ struct ApproximateMath : FloatMath {
 
   // Of the smaller tail, exp(-x^2 / 2) times a polynomial of 1 / (1 + 0.308 |x|) whose relative error is 4e-6, the
   // least that six coefficients reach up to 14: the form of Abramowitz & Stegun 7.1.26.
-  static MOE_INLINE Normal<float> normal(float x) {
+  static MOE_INLINE Normal<ApproximateMath> normal(float x) {
     const float t = arch::approximate_reciprocal(fmaf(0.308f, fabsf(x), 1.0f));
     float p = fmaf(-0.0754299536f, t, 0.189617887f);
     p = fmaf(p, t, 0.00727305375f);
