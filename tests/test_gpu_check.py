@@ -123,7 +123,7 @@ def test_predicted_bytes_through_l2(bench_path):
     import predict_sm90
 
     # Tiles of [128, 256] in 16 steps: 48 KiB each, 32 where both blocks of a cluster multiply the same weights.
-    fetched = partial(predict_sm90.fetched, 132, n=2048, k=1024)
+    fetched = partial(predict_sm90.fetched, 132, n=2048, k=1024, epilogue="store")
     assert fetched(4096, 1, 1, gathers=True) == 32 * 8 * 16 * 48 * 1024
     assert fetched(4096, 1, 1, gathers=False) == 32 * 8 * 16 * 32 * 1024
     # 3 row tiles an expert, 8 columns of tiles: of two columns one pair multiplies different weights.
