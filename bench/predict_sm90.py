@@ -63,11 +63,13 @@ def fetches_for_one_another(rows: int, experts: int, gathers: bool) -> bool:
     return not gathers and rows >= 256 * max(experts, 1)
 
 
-def fetched(processors: int, rows: int, active: int, experts: int, n: int, k: int, *, gathers: bool) -> int:
+def fetched(
+    processors: int, rows: int, active: int, experts: int, n: int, k: int, epilogue: str, *, gathers: bool
+) -> int:
     """Bytes of a product that come to shared memory through L2, rows shared out evenly: both operands of each step of
     a tile, the weights once for the two tiles of a cluster where they are the same."""
-    row_tiles, cols = ceil(rows / active / 128), 128 if takes_turns(processors, rows, experts, n, k) else 256
-    col_tiles, steps = ceil(n / cols), ceil(k / DEPTH)
+    cols = 128 if takes_turns(processors, rows, experts, n, k, epilogue) else 256
+    row_tiles, col_tiles, steps = ceil(rows / active / 128), ceil(n / cols), ceil(k / DEPTH)
     pairs = walked = 0
     if fetches_for_one_another(rows, experts, gathers):
         # Up to 16 row tiles of an expert pass a column of tiles before the next; two follow one another in a cluster.

@@ -123,11 +123,22 @@ def test_predicted_bytes_through_l2(bench_path):
     import predict_sm90
 
     # Tiles of [128, 256] in 16 steps: 48 KiB each, 32 where both blocks of a cluster multiply the same weights.
-    fetched = partial(predict_sm90.fetched, 132, n=2048, k=1024)
+    fetched = partial(predict_sm90.fetched, 132, n=2048, k=1024, epilogue="store")
     assert fetched(4096, 1, 1, gathers=True) == 32 * 8 * 16 * 48 * 1024
     assert fetched(4096, 1, 1, gathers=False) == 32 * 8 * 16 * 32 * 1024
     # 3 row tiles an expert, 8 columns of tiles: of two columns one pair multiplies different weights.
     assert fetched(3 * 128 * 8, 8, 8, gathers=False) == 8 * 4 * 16 * (2 * 2 * 32 + 2 * 48) * 1024
+    # The backward epilogue is hidden: tiles of [128, 128] in turns.
+    assert fetched(4096, 1, 1, epilogue="activate_backward", gathers=True) == 32 * 16 * 16 * 32 * 1024
+
+
+def test_predict_prints_every_stage(bench_path, capsys):
+    import predict
+
+    predict.main(["--card", "h100-sxm", "--shape", "qwen3-30b"])
+    printed = capsys.readouterr().out
+    for line in ("moe forward+backward", "w_in forward", "w_out input gradient"):
+        assert re.search(rf"{re.escape(line)} +predicted +[1-9]", printed)
 
 
 def test_a_bench_on_cuda_says_what_is_missing(bench_path, capsys):

@@ -18,7 +18,7 @@ struct HopperGemmProblem {
 // memory moves 128 bytes a cycle: the wgmmas of a step read 80 or 48 KiB, and 48 or 32 KiB land.
 constexpr int64_t step_cycles(const HopperTiles& tiles) { return tiles.in_turns ? 640 : 1024; }
 
-// Instructions that a warp issues for its 128 sums a thread, counted in SASS (docs/kernels.md): 16 pieces of 48 to
+// Instructions that a warp issues for its 128 sums a thread, counted in SASS (docs/kernels.md): 16 pieces of 50 to
 // store them; with SiLU, gated, 8 of 258 where H is written too, and 16 of 377 backward.
 constexpr int64_t epilogue_instructions(Epilogue epilogue) {
   switch (epilogue) {
