@@ -174,14 +174,17 @@ def stages(card: Card, s: Shape, size: int) -> dict[str, float]:
 def through_l2(card: Card, s: Shape, size: int) -> dict[str, tuple[int, float]]:
     """moe_mlp's products of rows on Hopper: bytes that their tiles fetch through L2, bytes/s in the time predicted."""
     pre, h, i = roofline.pre_width(s), s.hidden, s.inner
-    products = {"w_in forward": (pre, h, "activate", True), "w_out forward": (h, i, "store", False)}
-    products |= {"w_out input gradient": (i, h, "activate_backward", True)}
-    products |= {"w_in input gradient": (h, pre, "store", False)}
+    products = {
+        "w_in forward": (pre, h, "activate", True),
+        "w_out forward": (h, i, "store", False),
+        "w_out input gradient": (i, h, "activate_backward", True),
+        "w_in input gradient": (h, pre, "store", False),
+    }
     found = {}
     for name, (n, k, epilogue, gathers) in products.items():
         if s.rows > FEW_ROWS and serves_hopper(card, size, n, k):
-            sizes = s.rows, active_experts(s), s.experts, n, k, epilogue
-            count = predict_sm90.fetched(card.processors, *sizes, gathers=gathers)
+            active = active_experts(s)
+            count = predict_sm90.fetched(card.processors, s.rows, active, s.experts, n, k, epilogue, gathers=gathers)
             found[name] = count, count / (product(card, s, size, n, k, epilogue) - LAUNCH)
     return found
 

@@ -64,12 +64,13 @@ def fetches_for_one_another(rows: int, experts: int, gathers: bool) -> bool:
 
 
 def fetched(
-    processors: int, rows: int, active: int, experts: int, n: int, k: int, epilogue: str, *, gathers: bool
+    processors: int, rows: int, active: int, experts: int, n: int, k: int, epilogue: str = "store", *, gathers: bool
 ) -> int:
     """Bytes of a product that come to shared memory through L2, rows shared out evenly: both operands of each step of
     a tile, the weights once for the two tiles of a cluster where they are the same."""
     cols = 128 if takes_turns(processors, rows, experts, n, k, epilogue) else 256
-    row_tiles, col_tiles, steps = ceil(rows / active / 128), ceil(n / cols), ceil(k / DEPTH)
+    row_tiles = ceil(rows / active / 128)
+    col_tiles, steps = ceil(n / cols), ceil(k / DEPTH)
     pairs = walked = 0
     if fetches_for_one_another(rows, experts, gathers):
         # Up to 16 row tiles of an expert pass a column of tiles before the next; two follow one another in a cluster.

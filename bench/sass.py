@@ -15,6 +15,7 @@ ARITHMETIC = ("HGMMA", "HMMA", "FFMA")  # what a product is made of; the first t
 # What may reach global memory, prefetches too; LD and ST where the compiler does not know which memory it is.
 GLOBAL = {"LDG", "LD", "STG", "ST", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS", "CCTL"}
 GLOBAL |= {"UTMALDG", "UTMASTG", "UTMAREDG", "UTMAPF", "UBLKCP", "UBLKPF", "UBLKRED"}
+HARMLESS = {"CCTL.IVALL"}  # empties L1, as acquiring from a cluster does
 WAIT, LEAVE = "ACQBULK", {"EXIT", "RET", "CALL", "BRX", "JMP", "JMX"}  # griddepcontrol.wait; ways out of straight code
 
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -61,7 +62,7 @@ class Kernel:
             return "no wait for the grids ahead"
         for i in self.code:
             past = i.kind in LEAVE or (i.kind == "BRA" and (i.target is None or i.target > wait))
-            if i.address < wait and (past or i.kind in GLOBAL):
+            if i.address < wait and (past or (i.kind in GLOBAL and i.name not in HARMLESS)):
                 return f"{i.name} at {i.address:#x}, ahead of the wait for the grids ahead at {wait:#x}"
             if i.kind == "LDG" and "CONSTANT" in i.name.split("."):
                 return f"{i.name} at {i.address:#x} of memory that grids ahead may write"

@@ -141,6 +141,21 @@ def test_predict_prints_every_stage(bench_path, capsys):
         assert re.search(rf"{re.escape(line)} +predicted +[1-9]", printed)
 
 
+def test_predictions_through_l2_are_for_the_tiles_of_each_product(bench_path):
+    import predict
+    from shapes import STANDING
+
+    found = predict.through_l2(predict.CARDS["h100-sxm"], STANDING["qwen3-30b"], 2)
+    steps = {  # two row tiles of each of 128 experts, columns of tiles, steps; KiB of a step
+        "w_in forward": 256 * 6 * 32 * 48,
+        "w_out forward": 256 * 8 * 12 * 32,  # in clusters
+        "w_out input gradient": 256 * 6 * 32 * 32,  # its epilogue takes long: in turns
+        "w_in input gradient": 256 * 8 * 24 * 32,  # in clusters
+    }
+    assert {name: count for name, (count, _) in found.items()} == {name: kib << 10 for name, kib in steps.items()}
+    assert all(1e12 < rate < 12e12 for _, rate in found.values())
+
+
 def test_a_bench_on_cuda_says_what_is_missing(bench_path, capsys):
     import torch
 

@@ -50,6 +50,8 @@ def test_the_main_loop_is_the_innermost_one_that_multiplies():
     [
         (["S2R", "ACQBULK", "PREEXIT", "LDG.E", "EXIT"], ""),
         (["BRA 3", "SYNCS.EXCH.64", "UTMACCTL.PF", "ACQBULK", "UTMALDG.3D", "BRA 4", "EXIT"], ""),  # as in a GEMM
+        (["MEMBAR.ALL.GPU", "UCGABAR_ARV", "UCGABAR_WAIT", "CCTL.IVALL", "ACQBULK", "EXIT"], ""),  # of a cluster
+        (["CCTL.PF2", "ACQBULK", "EXIT"], "CCTL.PF2 at 0x0, ahead of the wait for the grids ahead at 0x10"),
         (["S2R", "LDG.E", "EXIT"], "no wait for the grids ahead"),
         (["@ACQBULK", "LDG.E", "EXIT"], "no wait for the grids ahead"),
         (["LDG.E.128", "ACQBULK", "EXIT"], "LDG.E.128 at 0x0, ahead of the wait for the grids ahead at 0x10"),
