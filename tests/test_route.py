@@ -145,7 +145,7 @@ def test_keys_that_differ_in_their_last_bits(experts, biased, device, instructio
         assert chosen.tolist() == [row[:top_k] for row in ranked]
 
 
-@pytest.mark.parametrize("groups", [(64, 5), (65, 5), (130, 70), (650, 3), (650, 650)])
+@pytest.mark.parametrize("groups", [(64, 5), (65, 3), (130, 70), (650, 3), (650, 650)])
 def test_many_groups(groups, device, instruction_set):
     logits = integers(37, 10 * groups[0] if groups[0] < 130 else 1300)
     logits[3, ::7] = NAN

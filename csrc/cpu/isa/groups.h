@@ -50,7 +50,7 @@ class Groups {
   void choose(const Key* keys, int64_t stride, int tokens) {
     for (int64_t g = 0; g < p_.num_groups; ++g)
       store<Key>(keys_ + g * kTokens, group_keys(keys + g * size_, stride, tokens));
-    if (p_.num_groups <= kCompared) place_by_comparing();
+    if (p_.num_groups * p_.num_groups <= kPairs * p_.top_groups) place_by_comparing();
     else
       for (int i = 0; i < tokens; ++i) place_by_tournament(i);
   }
@@ -69,7 +69,7 @@ class Groups {
   }
 
  private:
-  static constexpr int64_t kCompared = 64;  // groups: comparing each with each takes their square
+  static constexpr int64_t kPairs = 1024;  // of groups compared in the time of one taken from a tournament, measured
 
   // Of all tokens at once.
   void place_by_comparing() {
