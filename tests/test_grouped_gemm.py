@@ -305,20 +305,23 @@ def shared_boxes(offsets, n, k, cols, boxes):
 @pytest.mark.parametrize("shared_tiles", [False, True], ids=["in turns", "shared"])
 @pytest.mark.parametrize("k_major", [True, False])
 @pytest.mark.parametrize(
-    ("counts", "n", "k"),
+    ("counts", "dropped", "n", "k"),
     [
-        ((385, 0, 700, 1), 200, 72),  # odd numbers of row tiles, an expert of one row, columns and K end within a tile
-        ((256,), 8, 64),  # fewer pairs than clusters
-        ((129, 600), 520, 8),  # more, and the last tile alone
+        ((385, 0, 700, 1), 40, 200, 72),  # odd numbers of row tiles, an expert of one row, columns and K end in a tile
+        ((256,), 40, 8, 64),  # fewer pairs than clusters
+        ((129, 600), 40, 520, 8),  # more, and the last tile alone
+        ((385,), 0, 8, 8),  # no tile behind the last
+        ((300,), 700, 8, 8),  # clusters that only clear
+        ((*[0] * 32, 8600), 0, 8, 8),  # more experts than lanes
     ],
 )
 def test_blocks_fetch_weights_for_one_another(
-    counts, n, k, k_major, shared_tiles, dtype, device, multicasts, monkeypatch
+    counts, dropped, n, k, k_major, shared_tiles, dtype, device, multicasts, monkeypatch
 ):
     """Clusters on sm_90a: as many boxes go to two blocks as can, and the bits are those of blocks that run alone, as
     they do where rows are gathered. The last rows are no expert's."""
     monkeypatch.setenv("MOE_OPS_SIMT_ARCH", "90")
-    ids = torch.cat([torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.full((40,), -1)])
+    ids = torch.cat([torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), torch.full((dropped,), -1)])
     plan = reference.plan(ids.unsqueeze(1), len(counts))
     rows, w = randn(len(ids), k, dtype=dtype), randn(len(counts), n, k, dtype=dtype, seed=1)
     if not k_major:

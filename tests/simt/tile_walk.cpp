@@ -35,8 +35,7 @@ __global__ void walk_gradients(GradientTiles tiles, const int32_t* offsets, int6
 }  // namespace moe
 
 // out [count, 6]: expert, first row, first column, rows, columns, whether the tile before (1) and the next (2) multiply
-// the same weights. Returns how many tiles there may be; without `out`
-// nothing is walked.
+// the same weights. Returns how many tiles there may be; without `out` nothing is walked.
 extern "C" __attribute__((visibility("default"))) int64_t moe_ops_simt_tiles(const int32_t* offsets, int experts,
                                                                              int64_t rows, int64_t cols, int tile_rows,
                                                                              int tile_cols, unsigned blocks,

@@ -54,7 +54,8 @@ void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
   check(cudaLaunchKernelEx(&config, kernel, Params(args)...));
 }
 
-// How many clusters of such a launch the current card holds at once; 0 where the driver cannot tell. Asked once.
+// How many clusters of such a launch the current card holds at once; 0 where the driver cannot tell. Asked once a
+// kernel and card, so that a kernel's blocks and clusters must have one size.
 template <class... Params>
 int resident_clusters(const Launch& at, void (*kernel)(Params...)) {
   static std::mutex mutex;

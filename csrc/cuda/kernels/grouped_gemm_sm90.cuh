@@ -82,7 +82,7 @@ MOE_INLINE void load_gathered(const HopperGemmLaunch& at, HopperGemmShared<T, Co
       auto& stage = shared.stages[ring.stage];
       auto& full = shared.full[ring.stage];
       shared.empty[ring.stage].wait(ring.parity ^ 1);
-      arch::sync_warp();  // as above
+      arch::sync_warp();  // its copies go together; none can stay behind, as `full` waits for all
       if (threadIdx.x == 0) {
         full.arrive_expect_bytes(sizeof(stage.b));
         load_weights(stage.b, at, full, columns, WeightHalves::both, k, tile.expert);
