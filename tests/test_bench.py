@@ -103,6 +103,14 @@ def test_more_bytes_in_order_take_longer():
         torch.set_num_threads(threads)
 
 
+def test_bytes_in_order_are_not_negative():
+    from moe_ops import _C
+
+    for read, written in ((-1, 0), (0, -64)):
+        with pytest.raises(ValueError, match=f"InOrder: read and written must not be negative, got {read + written}"):
+            _C.InOrder(read, written)
+
+
 def test_median_and_spread():
     from timing import summarize
 

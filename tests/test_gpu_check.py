@@ -128,6 +128,17 @@ def test_predicted_bytes_through_l2(bench_path):
     assert fetched(4096, 1, 1, gathers=False) == 32 * 8 * 16 * 32 * 1024
     # 3 row tiles an expert, 8 columns of tiles: of two columns one pair multiplies different weights.
     assert fetched(3 * 128 * 8, 8, 8, gathers=False) == 8 * 4 * 16 * (2 * 2 * 32 + 2 * 48) * 1024
+    # The backward epilogue is hidden: tiles of [128, 128] in turns.
+    assert fetched(4096, 1, 1, epilogue="activate_backward", gathers=True) == 32 * 16 * 16 * 32 * 1024
+
+
+def test_predict_prints_every_stage(bench_path, capsys):
+    import predict
+
+    predict.main(["--card", "h100-sxm", "--shape", "qwen3-30b"])
+    printed = capsys.readouterr().out
+    for line in ("moe forward+backward", "w_in forward", "w_out input gradient"):
+        assert re.search(rf"{re.escape(line)} +predicted +[1-9]", printed)
 
 
 def test_predictions_through_l2_are_for_the_tiles_of_each_product(bench_path):

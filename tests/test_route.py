@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import moe_ops
 from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place
 from cases import DTYPES, INF, LOGITS, NAN, constant, every_dtype, every_layout, integers, randn, same_rows, seeded
+from moe_ops import reference
 
 SCORES = ["softmax", "softmax_selected", "sigmoid", "sqrtsoftplus", "identity"]
 every_score = pytest.mark.parametrize("score", SCORES)
@@ -142,6 +143,16 @@ def test_keys_that_differ_in_their_last_bits(experts, biased, device, instructio
     for top_k in (1, 2, 7, 8, 9, 15, 16, 17):
         _, chosen = moe_ops.route(place(logits, device), top_k, score="identity", selection_bias=bias)
         assert chosen.tolist() == [row[:top_k] for row in ranked]
+
+
+@pytest.mark.parametrize("groups", [(64, 5), (65, 3), (130, 70), (650, 3), (650, 650)])
+def test_many_groups(groups, device, instruction_set):
+    logits = integers(37, 10 * groups[0] if groups[0] < 130 else 1300)
+    logits[3, ::7] = NAN
+    for group_score in ("max", "top2_sum"):
+        options = {"score": "identity", "groups": groups, "group_score": group_score}
+        _, chosen = moe_ops.route(place(logits, device), 3, **options)
+        assert torch.equal(chosen.cpu(), reference.route(logits, 3, **options)[1])
 
 
 MANY = [(1024, 33, 4), (1025, 8, 5), (1500, 1500, 5), (16384, 64, 4), (20001, 3, 3)]

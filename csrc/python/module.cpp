@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <string>
+
 #include "cpu/isa.h"
 #include "cpu/roof.h"
 #include "cuda/architectures.h"
@@ -28,6 +31,13 @@ py::dict roofs(int64_t bytes, double seconds) {
   using namespace py::literals;
   return py::dict("float32"_a = float32, "float64"_a = float64, "bfloat16"_a = bfloat16, "read"_a = bandwidth.read,
                   "copy"_a = bandwidth.copy);
+}
+
+std::unique_ptr<moe::InOrder> in_order(int64_t read, int64_t written) {
+  for (int64_t bytes : {read, written})
+    if (bytes < 0)
+      throw py::value_error("InOrder: read and written must not be negative, got " + std::to_string(bytes));
+  return std::make_unique<moe::InOrder>(read, written);
 }
 
 py::dict build_facts() {
@@ -101,7 +111,7 @@ PYBIND11_MODULE(_C, m) {
       "Measure this machine's roofs on torch's threads: FLOP/s of multiply-adds by dtype, bytes/s read and copied over "
       "buffers of `bytes`");
   py::class_<moe::InOrder>(m, "InOrder", "As many bytes read and written as a stage's, in order, and nothing computed")
-      .def(py::init<int64_t, int64_t>(), py::arg("read"), py::arg("written"))
+      .def(py::init(&in_order), py::arg("read"), py::arg("written"))
       .def("run", &moe::InOrder::run, py::call_guard<py::gil_scoped_release>(), "One pass, into fresh memory");
   m.def("has_cuda_kernels", &moe::has_kernels, py::arg("architectures"), py::arg("arch"),
         "Whether a card of compute capability `arch` (80, 90) is served by architectures such as 'sm_80 compute_80'");

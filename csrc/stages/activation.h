@@ -1,6 +1,6 @@
 // The activation between the two GEMMs and its derivative, shared by all devices. M is what a device computes with:
-// M::V a value or a vector of values, and constant, sigmoid, normal, select(mask, a, b) and, where it has one, tanh
-// on it; MOE_INLINE marks its functions.
+// M::V a value or a vector of values, and constant, sigmoid, normal, select(mask, a, b) and, where has_tanh says so,
+// tanh on it; MOE_INLINE marks its functions.
 #pragma once
 
 #include "stages/params.h"

@@ -39,23 +39,20 @@ class Groups {
   static constexpr int kTokens = kLanes<C>;
 
   explicit Groups(const RouteParams& p)
-      : p_(p), size_(p.experts / p.num_groups), keys_(p.num_groups * kTokens), places_(p.num_groups * kTokens) {}
+      : p_(p),
+        size_(p.experts / p.num_groups),
+        keys_(p.num_groups * kTokens),
+        places_(p.num_groups * kTokens),
+        memory_(Ranking<C>::size(p.num_groups)),
+        ranking_(memory_, p.num_groups) {}
 
   // keys [tokens, stride]: those of the experts, a row for each token.
   void choose(const Key* keys, int64_t stride, int tokens) {
     for (int64_t g = 0; g < p_.num_groups; ++g)
       store<Key>(keys_ + g * kTokens, group_keys(keys + g * size_, stride, tokens));
-
-    for (int64_t g = 0; g < p_.num_groups; ++g) {
-      const Vec<Key> own = load<Key>(keys_ + g * kTokens);
-      Vec<Key> place{};
-      for (int64_t other = 0; other < g; ++other) {
-        const auto behind = load<Key>(keys_ + other * kTokens) < own;  // a comparison that holds is -1
-        place += 1 + behind;
-        store<Key>(places_ + other * kTokens, load<Key>(places_ + other * kTokens) - behind);
-      }
-      store<Key>(places_ + g * kTokens, place);
-    }
+    if (p_.num_groups * p_.num_groups <= kPairs * p_.top_groups) place_by_comparing();
+    else
+      for (int i = 0; i < tokens; ++i) place_by_tournament(i);
   }
 
   // The keys of a token's groups that were not chosen become the key of -inf or of 0.
@@ -72,6 +69,31 @@ class Groups {
   }
 
  private:
+  static constexpr int64_t kPairs = 1024;  // of groups compared in the time of one taken from a tournament, measured
+
+  // Of all tokens at once.
+  void place_by_comparing() {
+    for (int64_t g = 0; g < p_.num_groups; ++g) {
+      const Vec<Key> own = load<Key>(keys_ + g * kTokens);
+      Vec<Key> place{};
+      for (int64_t other = 0; other < g; ++other) {
+        const auto behind = load<Key>(keys_ + other * kTokens) < own;  // a comparison that holds is -1
+        place += 1 + behind;
+        store<Key>(places_ + other * kTokens, load<Key>(places_ + other * kTokens) - behind);
+      }
+      store<Key>(places_ + g * kTokens, place);
+    }
+  }
+
+  void place_by_tournament(int token) {
+    for (int64_t g = 0; g < p_.num_groups; ++g) {
+      ranking_.keys()[g] = keys_[g * kTokens + token];
+      places_[g * kTokens + token] = Key(p_.top_groups);
+    }
+    ranking_.build();
+    for (int64_t i = 0; i < p_.top_groups; ++i) places_[ranking_.take() * kTokens + token] = Key(i);
+  }
+
   // The keys of the score of one group of each token.
   MOE_INLINE Vec<Key> group_keys(const Key* keys, int64_t stride, int tokens) const {
     const TopTwo<Key> best = fold_rows<kTokens, Key>(0, [=, this](int token) __attribute__((always_inline)) {
@@ -91,6 +113,8 @@ class Groups {
   const RouteParams& p_;
   int64_t size_;
   Buffer<Key> keys_, places_;  // [G, kTokens]: how many groups stand before each
+  Buffer<Key> memory_;
+  Ranking<C> ranking_;  // of one token's groups
 };
 
 }  // namespace moe::MOE_ISA

@@ -27,11 +27,6 @@ MOE_INLINE Vec<C> values_of(Vec<Bits<C>> keys) {
   return bit_cast<Vec<C>>(keys ^ (keys >> (8 * sizeof(C) - 1) & std::numeric_limits<Bits<C>>::max()));
 }
 
-template <class C>
-MOE_INLINE C value_of(Bits<C> key) {
-  return values_of<C>(broadcast(key))[0];
-}
-
 // Halves the vector to 16 bytes and then turns it around itself, so that no step but the last leaves the vector unit.
 template <class T, int n, int... i>
 MOE_INLINE T max_of(Vec<T, n> v, std::integer_sequence<int, i...>) {
