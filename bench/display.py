@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
-def table_line(row: Row, timing: Timing, rate: str, ratio: float, error: float) -> tuple[str, ...]:
+def table_line(row: Row, timing: Timing, rate: str, ratio: float, error: float | None) -> tuple[str, ...]:
     return (
         row.variant,
         duration(row.median_s),
@@ -44,7 +44,7 @@ def table_line(row: Row, timing: Timing, rate: str, ratio: float, error: float) 
         duration(row.roof),
         f"{row.fraction_of_roof:.1%}",
         f"{ratio:.2f}x",
-        f"{error:.1e}",
+        "-" if error is None else f"{error:.1e}",
         str(timing.launches),
     )
 

@@ -99,6 +99,7 @@ def test_more_bytes_in_order_take_longer():
         small = shortest(1 << 20, 1 << 18)
         assert shortest(1 << 26, 1 << 18) > 4 * small
         assert shortest(1 << 20, 1 << 26) > 4 * small
+        assert shortest(0, 1 << 26) > 4 * small
     finally:
         torch.set_num_threads(threads)
 
@@ -141,6 +142,19 @@ def test_a_budget_is_kept_but_for_the_first_rounds(min_rounds):
     begun = time.monotonic()
     interleave({"slow": lambda i: time.sleep(0.02)}, budget_s=0.1, min_rounds=min_rounds)
     assert time.monotonic() - begun < 1
+
+
+def test_what_computes_nothing_has_no_error_and_is_not_counted_as_checked(capsys):
+    from bench_permute import bench_permute
+    from report import Report, parse_args
+
+    report = Report(parse_args("permute", ["--quick", "--shape", TINY]))
+    report.ends_at = time.monotonic()
+    bench_permute(report, *next(report.cases()))
+    printed = capsys.readouterr().out
+    moved = [line.split() for line in printed.splitlines() if line.startswith("same bytes in order")]
+    assert len(moved) == 2 and all(line[-2] == "-" for line in moved)
+    assert printed.count("of 3 variants") == 2
 
 
 def test_quick_prints_every_row_however_little_time_is_left(capsys):
