@@ -137,6 +137,8 @@ def test_predictions_on_hopper_are_for_these_tiles():
 def test_epilogues_by_name():
     with pytest.raises(ValueError, match="epilogue must be store, activate or activate_backward, got add"):
         tiles(H100, arch=90, k=64, epilogue="add")
+    with pytest.raises(ValueError, match="epilogue must be"):
+        tiles(H100, epilogue="add")
 
 
 # Experts have two tiles of rows and more, so that neighbouring blocks multiply the same weights.

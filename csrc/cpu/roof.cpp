@@ -52,14 +52,14 @@ double median_rate(int64_t bytes, double seconds, const F& move) {
   return *middle;
 }
 
-Buffer new_buffer(int64_t bytes) {
-  Buffer buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
+AlignedFloats new_buffer(int64_t bytes) {
+  AlignedFloats buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
   Device::allocated(buffer.get(), bytes);
   return buffer;
 }
 
-Buffer touched_buffer(int64_t bytes) {
-  Buffer buffer = new_buffer(bytes);
+AlignedFloats touched_buffer(int64_t bytes) {
+  AlignedFloats buffer = new_buffer(bytes);
   std::memset(buffer.get(), 1, bytes);
   return buffer;
 }
@@ -89,7 +89,7 @@ Bandwidth peak_bandwidth(int64_t bytes, double seconds) {
   const int64_t share = std::max(bytes / int64_t(torch::stable::get_num_threads()), 8 * kPieceBytes);
   Bandwidth peak;
   peak.read = sum_over_threads([&](int64_t) {
-    const Buffer from = touched_buffer(share);  // by the thread that will read it, so that it lies near
+    const AlignedFloats from = touched_buffer(share);  // by the thread that will read it, so that it lies near
     Sink sink;
     double best = 0;
     for (int streams : {2, 8})
@@ -99,7 +99,7 @@ Bandwidth peak_bandwidth(int64_t bytes, double seconds) {
     return best;
   });
   peak.copy = 2 * sum_over_threads([&](int64_t) {
-                const Buffer from = touched_buffer(share), to = touched_buffer(share);
+                const AlignedFloats from = touched_buffer(share), to = touched_buffer(share);
                 return median_rate(share, seconds,
                                    [&](int64_t i) { kernels().roof_move(&to[i], kPieceBytes, &from[i], kPieceBytes); });
               });
@@ -109,7 +109,7 @@ Bandwidth peak_bandwidth(int64_t bytes, double seconds) {
 InOrder::InOrder(int64_t read, int64_t written) : read_(read), written_(written), from_(touched_buffer(read)) {}
 
 void InOrder::run() const {
-  const Buffer to = new_buffer(written_);
+  const AlignedFloats to = new_buffer(written_);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t reads = read_ / (64 * threads) * 16, writes = written_ / (64 * threads) * 16;  // values of one thread
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

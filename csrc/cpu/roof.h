@@ -20,10 +20,10 @@ struct Bandwidth {
 // Passes over two buffers of `bytes` each, which should be several times the last cache, for `seconds` each.
 MOE_EXPORT Bandwidth peak_bandwidth(int64_t bytes, double seconds);
 
-struct Free {
+struct FreeAligned {
   void operator()(float* buffer) const { ::operator delete[](buffer, std::align_val_t(64)); }
 };
-using Buffer = std::unique_ptr<float[], Free>;
+using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
 
 // As many bytes read and written as a stage's, in order, into fresh memory, and nothing computed: what the stage can be
 // held against within one interleaved run, as the bandwidth of a shared machine moves.
@@ -34,7 +34,7 @@ class MOE_EXPORT InOrder {
 
  private:
   int64_t read_, written_;
-  Buffer from_;
+  AlignedFloats from_;
 };
 
 }  // namespace moe

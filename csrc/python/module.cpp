@@ -71,8 +71,9 @@ moe::Epilogue epilogue_named(const std::string& name) {
 py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int64_t experts, int64_t n, bool direct,
                     bool allow_tf32, int arch, int64_t k, const std::string& epilogue, bool gathers, int clusters) {
   using namespace py::literals;
+  const moe::Epilogue finish = epilogue_named(epilogue);
   if (arch == 90 && direct && dtype_named(dtype) != moe::Dtype::float32) {
-    const moe::HopperGemmProblem problem{rows, experts, n, k, epilogue_named(epilogue)};
+    const moe::HopperGemmProblem problem{rows, experts, n, k, finish};
     const moe::HopperTiles tiles = moe::pick_hopper_tiles(processors, problem);
     return py::dict(
         "rows"_a = tiles.rows, "cols"_a = tiles.cols, "depth"_a = tiles.kDepth, "stages"_a = tiles.stages,

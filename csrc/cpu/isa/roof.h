@@ -80,14 +80,15 @@ inline void roof_read(const float* from, int64_t bytes, int streams, double* sin
 inline void roof_move(float* to, int64_t written, const float* from, int64_t read) {
   constexpr int kStreams = 4, kStep = kLine / int(sizeof(float));
   const int64_t writes = written / (kStreams * kLine), reads = read / (kStreams * kLine);  // lines of one stream
-  Vec<float> sum[kStreams]{};  // all that was read, so that no read is dropped
+  Vec<float> sum[kStreams]{};                   // all that was read, so that no read is dropped
+  const int64_t steps = reads > 0 ? reads : 1;  // where nothing is read all is written at once
   int64_t done = 0;
-  for (int64_t i = 0; i < reads; ++i) {
+  for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kStreams; ++s)
+    for (int s = 0; i < reads && s < kStreams; ++s)
       for (int lane = 0; lane < kStep; lane += kLanes<float>)
         sum[s] += load<float>(from + (s * reads + i) * kStep + lane);
-    for (; done * reads < (i + 1) * writes; ++done)
+    for (; done * steps < (i + 1) * writes; ++done)
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s)
         for (int lane = 0; lane < kStep; lane += kLanes<float>)
