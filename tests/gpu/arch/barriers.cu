@@ -17,7 +17,8 @@ struct RingShared {
   arch::Barrier full[kStages], empty[kStages];
 };
 
-// A warp copies rows of 128 numbers into a ring, the other three warps take them out, warp w those of w % 3.
+// A warp copies rows of 128 numbers into a ring, the other three warps take them out, warp w those of w % 3. Every
+// block does so for itself.
 __global__ __launch_bounds__(128) void ring(const int* in, int* out) {
   auto& shared = arch::shared<RingShared>();
   const int lane = arch::lane_id(), warp = int(threadIdx.x) / 32;
@@ -36,7 +37,7 @@ __global__ __launch_bounds__(128) void ring(const int* in, int* out) {
     } else {
       shared.full[stage].wait(parity);
       for (int i = lane; i < 128; i += 32)
-        if (i % 3 == warp - 1) out[128 * step + i] = shared.slots[stage][(i + 64) % 128];
+        if (i % 3 == warp - 1) out[128 * (kSteps * int(blockIdx.x) + step) + i] = shared.slots[stage][(i + 64) % 128];
       arch::sync_warp();
       if (lane == 0) shared.empty[stage].arrive();
     }
@@ -45,13 +46,14 @@ __global__ __launch_bounds__(128) void ring(const int* in, int* out) {
 
 bool check_ring() {
   const Device device;
-  std::vector<int> in(128 * kSteps), expected(in.size());
+  constexpr unsigned blocks = 2;
+  std::vector<int> in(128 * kSteps), expected(blocks * in.size());
   for (size_t i = 0; i < in.size(); ++i) in[i] = int(i * 7 + 1);
-  for (size_t i = 0; i < in.size(); ++i) expected[i] = in[i / 128 * 128 + (i + 64) % 128];
-  int* out = put(device, std::vector<int>(in.size()));
-  launch({.grid = dim3(2), .block = dim3(128), .shared_bytes = sizeof(RingShared), .stream = device.stream()}, ring,
-         put(device, in), out);
-  return expect_equal("mbarriers of a ring", fetch(device, out, int(in.size())), expected);
+  for (size_t i = 0; i < expected.size(); ++i) expected[i] = in[i % in.size() / 128 * 128 + (i + 64) % 128];
+  int* out = put(device, std::vector<int>(expected.size()));
+  launch({.grid = dim3(blocks), .block = dim3(128), .shared_bytes = sizeof(RingShared), .stream = device.stream()},
+         ring, put(device, in), out);
+  return expect_equal("mbarriers of a ring", fetch(device, out, int(expected.size())), expected);
 }
 
 struct PlaceShared {
