@@ -1,5 +1,6 @@
 """What only a CUDA device has: streams, graphs, more than one device. `pytest --device cuda` runs it."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,15 @@ def test_the_diagnosis_checks_every_operator_on_the_device():
     assert run.returncode == 0, run.stdout + run.stderr
     checks = [line for line in run.stdout.splitlines() if line.startswith("check: ")]
     assert len([line for line in checks if ", cuda:0" in line and " ok" in line]) * 2 == len(checks)
+
+
+@pytest.mark.parametrize("value", ["off", "2"])
+def test_the_switch_of_early_launches_is_0_or_1(value):
+    program = "import torch, moe_ops; moe_ops.route(torch.zeros(4, 8, device='cuda'), 2)"
+    environment = {**os.environ, "MOE_OPS_CUDA_EARLY": value}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert f"MOE_OPS_CUDA_EARLY must be 0 or 1, got '{value}'" in run.stderr
 
 
 def test_float64_is_refused(device):

@@ -32,17 +32,25 @@ struct Facts {
   bool starts_early;
 };
 
+std::string environment(const char* name) {
+  const char* text = std::getenv(name);
+  return text ? text : "";
+}
+
 // Drivers from 12.3 on capture such launches in graphs. CUDA's own variables make a driver compile PTX though there is
 // machine code, and that may be sm_80's; MOE_OPS_CUDA_EARLY=0 is for measurements.
 bool starts_early(int arch) {
-  const auto is_set = [](const char* name, bool otherwise) {
-    const char* text = std::getenv(name);
-    return text && *text ? std::string(text) != "0" : otherwise;
+  const std::string wanted = environment("MOE_OPS_CUDA_EARLY");
+  if (wanted != "" && wanted != "0" && wanted != "1")
+    throw std::runtime_error("moe_ops: MOE_OPS_CUDA_EARLY must be 0 or 1, got '" + wanted + "'");
+  const auto is_set = [](const char* name) {
+    const std::string text = environment(name);
+    return text != "" && text != "0";
   };
   int driver = 0;
   check(cudaDriverGetVersion(&driver));
-  return driver >= 12030 && may_start_early(MOE_BUILT_FOR_CUDA, arch) && is_set("MOE_OPS_CUDA_EARLY", true) &&
-         !is_set("CUDA_FORCE_PTX_JIT", false) && !is_set("CUDA_FORCE_JIT", false);
+  return driver >= 12030 && may_start_early(MOE_BUILT_FOR_CUDA, arch) && wanted != "0" &&
+         !is_set("CUDA_FORCE_PTX_JIT") && !is_set("CUDA_FORCE_JIT");
 }
 
 Facts read_facts(int device) {
