@@ -10,6 +10,7 @@
 #include "cuda/arch/mma.cuh"
 #include "cuda/arch/warp.cuh"
 #include "device.h"
+#include "planted.h"
 
 namespace faults {
 
@@ -250,28 +251,26 @@ void run_sum(void (*kernel)(float*)) {
 
 int main(int argc, char** argv) {
   using namespace faults;
-  const std::string name = argc > 1 ? argv[1] : "";
-  const bool mended = argc > 2 && std::string(argv[2]) == "mended";
-  const std::map<std::string, Kernel> kernels{
-      {"missing_barrier", mended ? missing_barrier<true> : missing_barrier<false>},
-      {"missing_warp_barrier", mended ? missing_warp_barrier<true> : missing_warp_barrier<false>},
-      {"missing_second_barrier", mended ? missing_second_barrier<true> : missing_second_barrier<false>},
-      {"missing_wait", mended ? missing_wait<true> : missing_wait<false>},
-      {"missing_commit", mended ? missing_commit<true> : missing_commit<false>},
-      {"store_out_of_bounds", mended ? store_out_of_bounds<true> : store_out_of_bounds<false>},
-      {"vector_out_of_bounds", mended ? vector_out_of_bounds<true> : vector_out_of_bounds<false>},
-      {"unaligned_vector", mended ? unaligned_vector<true> : unaligned_vector<false>},
-      {"shared_out_of_bounds", mended ? shared_out_of_bounds<true> : shared_out_of_bounds<false>},
-      {"too_little_shared_memory", mended ? too_little_shared_memory<true> : too_little_shared_memory<false>},
-      {"unwritten_output", mended ? unwritten_output<true> : unwritten_output<false>},
-      {"divergent_barrier", mended ? divergent_barrier<true> : divergent_barrier<false>},
-      {"divergent_shuffle", mended ? divergent_shuffle<true> : divergent_shuffle<false>},
-      {"deadlock", mended ? deadlock<true> : deadlock<false>},
-      {"warp_deadlock", mended ? warp_deadlock<true> : warp_deadlock<false>},
-      {"endless_wait", mended ? endless_wait<true> : endless_wait<false>},
-      {"absent_lane", mended ? absent_lane<true> : absent_lane<false>},
-  };
-  try {
+  return run_planted(argc, argv, [](const std::string& name, bool mended) {
+    const std::map<std::string, Kernel> kernels{
+        {"missing_barrier", mended ? missing_barrier<true> : missing_barrier<false>},
+        {"missing_warp_barrier", mended ? missing_warp_barrier<true> : missing_warp_barrier<false>},
+        {"missing_second_barrier", mended ? missing_second_barrier<true> : missing_second_barrier<false>},
+        {"missing_wait", mended ? missing_wait<true> : missing_wait<false>},
+        {"missing_commit", mended ? missing_commit<true> : missing_commit<false>},
+        {"store_out_of_bounds", mended ? store_out_of_bounds<true> : store_out_of_bounds<false>},
+        {"vector_out_of_bounds", mended ? vector_out_of_bounds<true> : vector_out_of_bounds<false>},
+        {"unaligned_vector", mended ? unaligned_vector<true> : unaligned_vector<false>},
+        {"shared_out_of_bounds", mended ? shared_out_of_bounds<true> : shared_out_of_bounds<false>},
+        {"too_little_shared_memory", mended ? too_little_shared_memory<true> : too_little_shared_memory<false>},
+        {"unwritten_output", mended ? unwritten_output<true> : unwritten_output<false>},
+        {"divergent_barrier", mended ? divergent_barrier<true> : divergent_barrier<false>},
+        {"divergent_shuffle", mended ? divergent_shuffle<true> : divergent_shuffle<false>},
+        {"deadlock", mended ? deadlock<true> : deadlock<false>},
+        {"warp_deadlock", mended ? warp_deadlock<true> : warp_deadlock<false>},
+        {"endless_wait", mended ? endless_wait<true> : endless_wait<false>},
+        {"absent_lane", mended ? absent_lane<true> : absent_lane<false>},
+    };
     if (name == "wrong_swizzle") {
       run_swizzle(mended ? wrong_swizzle<true> : wrong_swizzle<false>);
     } else if (name == "unordered_sum") {
@@ -279,8 +278,5 @@ int main(int argc, char** argv) {
     } else {
       run(kernels.at(name));
     }
-  } catch (const std::exception& error) {
-    std::puts(error.what());
-    return 1;
-  }
+  });
 }

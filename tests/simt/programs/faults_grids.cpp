@@ -5,6 +5,7 @@
 #include "cuda/arch/grid.cuh"
 #include "cuda/arch/launch.cuh"
 #include "device.h"
+#include "planted.h"
 
 namespace faults {
 
@@ -89,15 +90,11 @@ void run(Kernel kernel, bool is_between) {
 
 int main(int argc, char** argv) {
   using namespace faults;
-  const std::string name = argc > 1 ? argv[1] : "";
-  const bool mended = argc > 2 && std::string(argv[2]) == "mended";
-  try {
+  return run_planted(argc, argv, [](const std::string& name, bool mended) {
     if (name == "read_before_wait") run(mended ? read_before_wait<true> : read_before_wait<false>, false);
-    if (name == "write_before_wait") run(mended ? write_before_wait<true> : write_before_wait<false>, false);
-    if (name == "middle_never_waits") run(mended ? middle_never_waits<true> : middle_never_waits<false>, true);
-    if (name == "some_threads_wait") run(mended ? some_threads_wait<true> : some_threads_wait<false>, true);
-  } catch (const std::exception& error) {
-    std::puts(error.what());
-    return 1;
-  }
+    else if (name == "write_before_wait") run(mended ? write_before_wait<true> : write_before_wait<false>, false);
+    else if (name == "middle_never_waits") run(mended ? middle_never_waits<true> : middle_never_waits<false>, true);
+    else if (name == "some_threads_wait") run(mended ? some_threads_wait<true> : some_threads_wait<false>, true);
+    else throw std::invalid_argument("no fault of this name: " + name);
+  });
 }

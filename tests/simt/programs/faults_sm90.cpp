@@ -14,6 +14,7 @@
 #include "cuda/arch/wgmma.cuh"
 #include "cuda/launch/tensor_map.h"
 #include "device.h"
+#include "planted.h"
 
 namespace faults {
 
@@ -320,35 +321,33 @@ void run_small(void (*kernel)(int*), unsigned blocks, unsigned threads) {
 
 int main(int argc, char** argv) {
   using namespace faults;
-  const std::string name = argc > 1 ? argv[1] : "";
-  const bool mended = argc > 2 && std::string(argv[2]) == "mended";
-  using Kernel = void (*)(Params);
-  const std::map<std::string, Kernel> products{
-      {"store_before_wgmma", mended ? by_stores : by_threads<Fault::store_before_wgmma>},
-      {"copy_before_wgmma", mended ? by_threads<Fault::none> : by_threads<Fault::copy_before_wgmma>},
-      {"store_before_tma_store", mended ? by_tma<Fault::none> : by_tma<Fault::store_before_tma_store>},
-      {"fence_too_early", mended ? by_tma<Fault::none> : by_tma<Fault::fence_too_early>},
-      {"slot_released_early", mended ? by_tma<Fault::none> : by_tma<Fault::slot_released_early>},
-      {"copies_over_a_running_wgmma", mended ? by_threads<Fault::none> : by_threads<Fault::slot_released_early>},
-      {"accumulators_read_early", mended ? by_tma<Fault::none> : by_tma<Fault::accumulators_read_early>},
-      {"missing_wgmma_fence", mended ? by_tma<Fault::none> : by_tma<Fault::missing_wgmma_fence>},
-      {"missing_wait_for_tma", mended ? by_tma<Fault::none> : by_tma<Fault::missing_wait>},
-      {"missing_wait_for_copies", mended ? by_threads<Fault::none> : by_threads<Fault::missing_wait>},
-      {"wrong_bytes", mended ? by_tma<Fault::none> : by_tma<Fault::wrong_bytes>},
-      {"missing_barrier_fence", mended ? by_tma<Fault::none> : by_tma<Fault::missing_barrier_fence>},
-      {"too_many_arrivals", mended ? by_tma<Fault::none> : by_tma<Fault::too_many_arrivals>},
-      {"overwritten_while_stored", mended ? by_tma<Fault::none> : by_tma<Fault::overwritten_while_stored>},
-      {"store_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::store_not_waited_for>},
-      {"warps_disagree", mended ? by_tma<Fault::none> : by_tma<Fault::warps_disagree>},
-      {"wgmma_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::wgmma_not_waited_for>},
-  };
-  const std::map<std::string, Kernel> of_clusters{
-      {"own_consumers_only", mended ? by_multicast<Fault::none> : by_multicast<Fault::own_consumers_only>},
-      {"ends_before_its_neighbour",
-       mended ? by_multicast<Fault::none> : by_multicast<Fault::ends_before_its_neighbour>},
-      {"idle_block_ends", mended ? by_multicast<Fault::none> : by_multicast<Fault::idle_block_ends>},
-  };
-  try {
+  return run_planted(argc, argv, [](const std::string& name, bool mended) {
+    using Kernel = void (*)(Params);
+    const std::map<std::string, Kernel> products{
+        {"store_before_wgmma", mended ? by_stores : by_threads<Fault::store_before_wgmma>},
+        {"copy_before_wgmma", mended ? by_threads<Fault::none> : by_threads<Fault::copy_before_wgmma>},
+        {"store_before_tma_store", mended ? by_tma<Fault::none> : by_tma<Fault::store_before_tma_store>},
+        {"fence_too_early", mended ? by_tma<Fault::none> : by_tma<Fault::fence_too_early>},
+        {"slot_released_early", mended ? by_tma<Fault::none> : by_tma<Fault::slot_released_early>},
+        {"copies_over_a_running_wgmma", mended ? by_threads<Fault::none> : by_threads<Fault::slot_released_early>},
+        {"accumulators_read_early", mended ? by_tma<Fault::none> : by_tma<Fault::accumulators_read_early>},
+        {"missing_wgmma_fence", mended ? by_tma<Fault::none> : by_tma<Fault::missing_wgmma_fence>},
+        {"missing_wait_for_tma", mended ? by_tma<Fault::none> : by_tma<Fault::missing_wait>},
+        {"missing_wait_for_copies", mended ? by_threads<Fault::none> : by_threads<Fault::missing_wait>},
+        {"wrong_bytes", mended ? by_tma<Fault::none> : by_tma<Fault::wrong_bytes>},
+        {"missing_barrier_fence", mended ? by_tma<Fault::none> : by_tma<Fault::missing_barrier_fence>},
+        {"too_many_arrivals", mended ? by_tma<Fault::none> : by_tma<Fault::too_many_arrivals>},
+        {"overwritten_while_stored", mended ? by_tma<Fault::none> : by_tma<Fault::overwritten_while_stored>},
+        {"store_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::store_not_waited_for>},
+        {"warps_disagree", mended ? by_tma<Fault::none> : by_tma<Fault::warps_disagree>},
+        {"wgmma_not_waited_for", mended ? by_tma<Fault::none> : by_tma<Fault::wgmma_not_waited_for>},
+    };
+    const std::map<std::string, Kernel> of_clusters{
+        {"own_consumers_only", mended ? by_multicast<Fault::none> : by_multicast<Fault::own_consumers_only>},
+        {"ends_before_its_neighbour",
+         mended ? by_multicast<Fault::none> : by_multicast<Fault::ends_before_its_neighbour>},
+        {"idle_block_ends", mended ? by_multicast<Fault::none> : by_multicast<Fault::idle_block_ends>},
+    };
     if (name == "missing_named_barrier") {
       run_small(mended ? missing_named_barrier<true> : missing_named_barrier<false>, 1, 64);
     } else if (name == "wrong_count_of_threads") {
@@ -364,8 +363,5 @@ int main(int argc, char** argv) {
     } else {
       run(products.at(name), 1);
     }
-  } catch (const std::exception& error) {
-    std::puts(error.what());
-    return 1;
-  }
+  });
 }
