@@ -112,8 +112,8 @@ void grouped_gemm_weight_grad(const WeightGradParams& p, const Device&) {
                       (1 + double(offsets.back()) / std::max<int64_t>(p.num_experts, 1));
   for_each_piece(strips * runs, cost, [&](int64_t i) {
     const int64_t strip = i / runs, run = i % runs, e = strip / n_tiles, n_begin = strip % n_tiles * kTileRows;
-    for (int64_t tile = k_tiles * run / runs; tile < k_tiles * (run + 1) / runs; ++tile)
-      isa.grouped_gemm_weight_grad(p, e, offsets[e], offsets[e + 1], n_begin, tile * kTileCols);
+    isa.grouped_gemm_weight_grad(p, e, offsets[e], offsets[e + 1], n_begin, k_tiles * run / runs * kTileCols,
+                                 std::min(k_tiles * (run + 1) / runs * kTileCols, p.k));
   });
 }
 

@@ -3,6 +3,7 @@
 // the other rows of the batch nor the number of threads can change a result.
 #pragma once
 
+#include "cpu/isa/beside.h"
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/few_rows.h"
 #include "cpu/isa/prepacked.h"
@@ -26,22 +27,24 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
   }
 }
 
-// Many rows: the weights are packed in chunks, columns within a block along K, and each is multiplied at once. Where
-// their unit stride runs along K a chunk is a panel, which packing leaves in L1; otherwise it is as wide as the tile,
-// so that rows are read in long runs.
-template <class Ar, class X, class W>
+// Many rows: the weights are packed in chunks, columns within a block along K: a panel where their unit stride runs
+// along K, otherwise kAcrossCols, so that rows are read in longer runs. While a chunk is multiplied the next one is
+// packed, with a share of the rows' next block, and the one behind it is asked for.
+template <bool along, class Ar, class X, class W>
 void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  const bool along = w.k_stride == 1;
-  const int64_t chunk_cols = along ? kPanel<Ar> : w.cols;
-  const int64_t per_half = ceil_div(w.cols, chunk_cols), per_block = w.gated ? 2 * per_half : per_half;
+  using C = typename Ar::C;
+  using Element = typename Ar::Element;
+  constexpr int64_t kCols = along ? kPanel<Ar> : kAcrossCols<Ar>;
+  const int64_t per_half = ceil_div(w.cols, kCols), per_block = w.gated ? 2 * per_half : per_half;
   struct Chunk {
     int64_t k, depth, cols, tile_col;
     const W* weights;
+    int64_t steps() const { return ceil_div(depth, Ar::kDepth); }
   };
   const auto chunk = [&](int64_t i) -> Chunk {
     const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half;
-    const int64_t col = i % per_half * chunk_cols;
-    return {k, min(w.depth - k, kBlockDepth<Ar>), min(w.cols - col, chunk_cols), half * kTileCols / 2 + col,
+    const int64_t col = i % per_half * kCols;
+    return {k, min(w.depth - k, kBlockDepth<Ar>), min(w.cols - col, kCols), half * kTileCols / 2 + col,
             w.run(half) + col * w.col_stride() + k * w.k_stride};
   };
   const auto ahead = [&](const Chunk& c) -> Ahead {
@@ -50,17 +53,58 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
     return along ? Ahead{begin, w.col_stride() * size, c.cols, c.depth * size}
                  : Ahead{begin, w.k_stride * size, c.depth, c.cols * size};
   };
-
+  const auto weights_beside = [&](const Chunk& c, const Chunk& behind, Element* to, int64_t turns) {
+    const bool is_whole = c.cols % kPanel<Ar> == 0;
+    if constexpr (along) {
+      using Work = PanelBeside<Ar, X, W>;
+      const int64_t whole = is_whole ? c.steps() / Work::kSteps * Work::kSteps : 0;
+      return Work{c.weights,
+                  behind.weights,
+                  w.col_stride(),
+                  whole,
+                  to,
+                  Beside::spread(c.cols / Work::kRows * (whole / Work::kSteps), turns)};
+    } else {
+      const int64_t whole = is_whole && w.col_stride() == 1 ? c.depth / Ar::kDepth : 0;
+      return AcrossBeside<Ar, X, W, StridedRows<W, C>>{{c.weights, w.k_stride},
+                                                       {behind.weights, w.k_stride},
+                                                       c.cols,
+                                                       c.steps(),
+                                                       whole,
+                                                       to,
+                                                       Beside::spread(c.cols / kLanes<C> * whole, turns)};
+    }
+  };
+  const auto pack_weights_from = [&](const Chunk& c, Element* to, int64_t step) {
+    if (step < c.steps()) pack_weights<Ar, X>(c.weights, w.col_stride(), w.k_stride, c.cols, c.depth, to, step);
+  };
   const int64_t chunks = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;
-  Chunk next = chunk(0);
+  Chunk c = chunk(0);
+  ahead(c).ask();
+  pack_row_blocks<Ar>(a, 0, c.depth, blocks.a[0], 0);
+  pack_weights_from(c, blocks.b[0], 0);
+  RowsBeside<Ar, X> rows{};
   for (int64_t i = 0; i < chunks; ++i) {
-    const Chunk c = next;
-    next = chunk(min(i + 1, chunks - 1));
-    if (i % per_block == 0)
-      pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, c.k, c.depth, blocks.a, RowsOfA<Ar>::kRowStride);
-    pack_weights<Ar, X>(c.weights, w.col_stride(), w.k_stride, c.cols, c.depth, blocks.b);
-    multiply_block<Ar, RowsOfA<Ar>>(blocks.a, blocks.b, a.count, c.cols, ceil_div(c.depth, Ar::kDepth),
-                                    blocks.tile + c.tile_col, c.k == 0, i + 1 < chunks ? ahead(next) : Ahead{});
+    const int64_t block = i / per_block;
+    const int64_t end = c.k + c.depth, next_end = min(end + kBlockDepth<Ar>, w.depth);  // of the rows' blocks
+    const int64_t turns = turns_of_block<Ar>(a.count, c.cols, c.steps());
+    const Chunk next = i + 1 < chunks ? chunk(i + 1) : Chunk{};
+    Element *const next_b = blocks.b[(i + 1) % 2], *const next_a = blocks.a[(block + 1) % 2];
+    auto weights = weights_beside(next, chunk(min(i + 2, chunks - 1)), next_b, turns);
+    if (i % per_block == 0) rows = RowsBeside<Ar, X>(a, end, next_end, next_a, 0, turns * per_block);
+    auto beside = [&]() __attribute__((always_inline)) {
+      take_turn(weights);
+      take_turn(rows);
+    };
+    multiply_block<Ar, RowsOfA<Ar>>(blocks.a[block % 2], blocks.b[i % 2], a.count, c.cols, c.steps(),
+                                    blocks.tile + c.tile_col, c.k == 0, {}, beside);
+    finish(weights);
+    pack_weights_from(next, next_b, weights.whole);
+    if (i % per_block == per_block - 1) {
+      finish(rows);
+      pack_row_blocks<Ar>(a, end, next_end, next_a, 0, rows.whole);
+    }
+    c = next;
   }
 }
 
@@ -71,12 +115,12 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
   // Rows that multiply_few takes besides: what they hold is multiplied, though never stored.
   const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(min(w.depth, kDepth), Ar::kDepth));
   for (int64_t row = a.count; row < rows_taken(a.count); ++row)
-    std::memset(blocks.a + row * kStride, 0, read * sizeof(blocks.a[0]));
+    std::memset(blocks.a[0] + row * kStride, 0, read * sizeof(blocks.a[0][0]));
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
-    pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a, kStride);
+    pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a[0], kStride);
     for (int64_t half = 0; half <= w.gated; ++half)
-      multiply_few<Ar, X>(a.count, blocks.a, w.run(half) + k, w.col_stride(), w.cols, depth,
+      multiply_few<Ar, X>(a.count, blocks.a[0], w.run(half) + k, w.col_stride(), w.cols, depth,
                           blocks.tile + half * kTileCols / 2, k == 0);
   }
 }
@@ -85,8 +129,9 @@ template <class Ar, class X, class W>
 void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
   if constexpr (std::is_same_v<X, W>)  // prepack has rounded
     if (w.prepacked) return multiply_prepacked<Ar>(a, w, blocks);
-  if (a.count <= kFewRows && w.k_stride == 1) multiply_unpacked<Ar>(a, w, blocks);
-  else multiply_packed<Ar>(a, w, blocks);
+  if (w.k_stride != 1) multiply_packed<false, Ar>(a, w, blocks);
+  else if (a.count <= kFewRows) multiply_unpacked<Ar>(a, w, blocks);
+  else multiply_packed<true, Ar>(a, w, blocks);
 }
 
 template <class X, class W>
@@ -149,40 +194,107 @@ MOE_INLINE void store_gradient(S* to, const C* values, int64_t cols, bool accumu
   }
 }
 
-template <class X>
-void weight_grad_tile(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end, int64_t n_begin,
-                      int64_t k_begin) {
+// Results that are stored while the next ones are computed: a piece is a vector.
+template <class S, class C>
+struct GradientBeside {
+  const C* values;
+  int64_t cols;
+  S* out;
+  int64_t stride;
+  bool accumulate, streamed;
+  Beside pieces;
+  int64_t row = 0, col = 0;
+
+  MOE_INLINE void piece() {
+    store_gradient(out + row * stride + col, values + row * kTileCols + col, min(cols - col, kLanes<C>), accumulate,
+                   streamed);
+    col += kLanes<C>;
+    if (col >= cols) col = 0, ++row;
+  }
+};
+
+// The tiles of a strip of rows n_begin.. beside each other. The block of grad is packed once where it holds all rows of
+// the expert. While a chunk of a's columns is multiplied the next one is packed and the results of the one before are
+// stored.
+template <class S, class X>
+void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end, int64_t n_begin,
+                       int64_t k_begin, int64_t k_end) {
   using Ar = Arithmetic<X>;
   using C = typename Ar::C;
   auto& blocks = Blocks<Ar>::of_thread();
-  const int64_t n = min(p.n - n_begin, kTileRows), cols = min(p.k - k_begin, kTileCols);
+  const int64_t n = min(p.n - n_begin, kTileRows);
+  const bool streamed = !p.accumulate && is_streamed(p.out, p.num_experts * p.n, p.k * int64_t(sizeof(S)));
+  const bool is_one_block = row_end - row_begin <= kBlockDepth<Ar>;
   const X* rows[kBlockDepth<Ar>];
   C scale[kBlockDepth<Ar>];
 
-  for (int64_t row = row_begin; row < row_end || row == row_begin; row += kBlockDepth<Ar>) {
-    const int64_t depth = row_end - row < kBlockDepth<Ar> ? row_end - row : kBlockDepth<Ar>;
-    const int64_t steps = ceil_div(depth, Ar::kDepth);
-    find_rows(p.grad, row, depth, rows, scale);
-    pack_columns<Ar, kTileRows>(rows, scale, bool(p.grad.scale), depth, n_begin, n, blocks.a);
-    find_rows(p.a, row, depth, rows, scale);
-    pack_columns<Ar, kPanel<Ar>>(rows, scale, bool(p.a.scale), depth, k_begin, cols, blocks.b);
-    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a, blocks.b, n, cols, steps, blocks.tile, row == row_begin);
-  }
+  struct Chunk {
+    int64_t tile, row, depth, col, cols;
+    int64_t steps() const { return ceil_div(depth, Ar::kDepth); }
+  };
+  const auto chunk = [&](int64_t tile, int64_t row, int64_t col) -> Chunk {
+    return {tile, row, min(row_end - row, kBlockDepth<Ar>), col,
+            min(min(tile + kTileCols, k_end) - col, kAcrossCols<Ar>)};
+  };
+  const auto after = [&](const Chunk& c) {
+    if (c.col + c.cols < min(c.tile + kTileCols, k_end)) return chunk(c.tile, c.row, c.col + c.cols);
+    if (c.row + c.depth < row_end) return chunk(c.tile, c.row + c.depth, c.tile);
+    return chunk(c.tile + kTileCols, row_begin, c.tile + kTileCols);
+  };
+  const auto columns = [&](const Chunk& c) { return FoundRows<X, C>{rows, scale, bool(p.a.scale), c.col}; };
 
-  visit_dtype(p.out_dtype, [&](auto* out) {
-    using S = std::remove_pointer_t<decltype(out)>;
-    const bool streamed = !p.accumulate && is_streamed(p.out, p.num_experts * p.n, p.k * int64_t(sizeof(S)));
-    for (int64_t i = 0; i < n; ++i)
-      store_gradient(static_cast<S*>(p.out) + (expert * p.n + n_begin + i) * p.k + k_begin, blocks.tile + i * kTileCols,
-                     cols, p.accumulate, streamed);
-    if (streamed) end_of_stream();
-  });
+  GradientBeside<S, C> gradient{};
+  Chunk c = chunk(k_begin, row_begin, k_begin);
+  for (int64_t i = 0; c.tile < k_end; ++i) {
+    if (i == 0 || (c.col == c.tile && !is_one_block)) {
+      find_rows(p.grad, c.row, c.depth, rows, scale);
+      pack_steps<Ar, X, kTileRows>(FoundRows<X, C>{rows, scale, bool(p.grad.scale), n_begin}, c.depth, n, blocks.a[0]);
+      find_rows(p.a, c.row, c.depth, rows, scale);
+    }
+    if (i == 0) pack_steps<Ar, X, kPanel<Ar>>(columns(c), c.depth, c.cols, blocks.b[0]);
+    Chunk next = after(c);
+    if (next.tile >= k_end) next.depth = next.cols = 0;
+    else if (next.row != c.row) find_rows(p.a, next.row, next.depth, rows, scale);
+
+    const int64_t turns = turns_of_block<Ar>(n, c.cols, c.steps());
+    const int64_t whole = next.cols % kPanel<Ar> == 0 ? next.depth / Ar::kDepth : 0;
+    AcrossBeside<Ar, X, X, FoundRows<X, C>> packing{columns(next),
+                                                    columns(next),
+                                                    next.cols,
+                                                    next.steps(),
+                                                    whole,
+                                                    blocks.b[(i + 1) % 2],
+                                                    Beside::spread(next.cols / kLanes<C> * whole, turns)};
+    gradient.pieces = Beside::spread(gradient.pieces.left, turns);
+    packing.behind.col_begin += next.cols;
+    auto beside = [&]() __attribute__((always_inline)) {
+      take_turn(packing);
+      take_turn(gradient);
+    };
+    C* const values = blocks.tile + (c.col - c.tile);
+    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a[0], blocks.b[i % 2], n, c.cols, c.steps(), values, c.row == row_begin,
+                                       {}, beside);
+    finish(packing);
+    finish(gradient);
+    if (whole < next.steps())
+      pack_steps<Ar, X, kPanel<Ar>>(columns(next), next.depth, next.cols, blocks.b[(i + 1) % 2], whole);
+    if (c.row + c.depth >= row_end) {
+      S* const out = static_cast<S*>(p.out) + (expert * p.n + n_begin) * p.k + c.col;
+      gradient = {values, c.cols, out, p.k, p.accumulate, streamed, {n * ceil_div(c.cols, kLanes<C>)}};
+    }
+    c = next;
+  }
+  finish(gradient);
+  if (streamed) end_of_stream();
 }
 
 inline void grouped_gemm_weight_grad(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
-                                     int64_t n_begin, int64_t k_begin) {
+                                     int64_t n_begin, int64_t k_begin, int64_t k_end) {
   visit_dtype(p.a.rows.dtype, [&](auto* x) {
-    weight_grad_tile<std::remove_pointer_t<decltype(x)>>(p, expert, row_begin, row_end, n_begin, k_begin);
+    visit_dtype(p.out_dtype, [&](auto* out) {
+      weight_grad_strip<std::remove_pointer_t<decltype(out)>, std::remove_pointer_t<decltype(x)>>(
+          p, expert, row_begin, row_end, n_begin, k_begin, k_end);
+    });
   });
 }
 

@@ -42,6 +42,9 @@ inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values alon
 // Columns of a panel: a step of it is 128 bytes in every instruction set, so that weights packed under one serve all.
 template <class Ar>
 inline constexpr int kPanel = 128 / sizeof(typename Ar::Element);
+// Columns of weights, or of rows whose transpose is multiplied, that are packed at a time where they lie side by side.
+template <class Ar>
+inline constexpr int kAcrossCols = 2 * kPanel<Ar>;
 template <class Ar>
 inline constexpr int kMicroCols = kMicroVectors * kLanes<typename Ar::C>;  // columns that are multiplied at a time
 
@@ -64,6 +67,11 @@ struct Ahead {
   const char* begin = nullptr;
   int64_t stride = 0, rows = 0, bytes = 0;  // between rows; how many; of each
 
+  void ask() const {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(begin + row * stride + line, 0, 2);
+  }
+
   // The rows that part i of n asks for.
   MOE_INLINE Ahead part(int64_t i, int64_t n) const {
     const int64_t first = rows * i / n;
@@ -73,12 +81,31 @@ struct Ahead {
 
 inline constexpr int kLineSteps = 8;  // steps of the micro-kernel between two lines asked for of each row
 
+// Work in pieces that is done beside the multiply-adds: `each` at a turn, of which the micro-kernel has one in
+// kLineSteps steps while it multiplies kMicroRows rows. So little at a time costs next to nothing, where the same work
+// between two calls costs its time.
+struct Beside {
+  int64_t left = 0, each = 0;
+
+  // Spread over so many turns.
+  static Beside spread(int64_t pieces, int64_t turns) { return {pieces, ceil_div(pieces, turns > 0 ? turns : 1)}; }
+};
+
+template <class Work>
+MOE_INLINE void take_turn(Work& work) {
+  for (int64_t i = work.pieces.each; i > 0 && work.pieces.left > 0; --i, --work.pieces.left) work.piece();
+}
+template <class Work>
+void finish(Work& work) {
+  for (; work.pieces.left > 0; --work.pieces.left) work.piece();
+}
+
 // c[rows, kMicroCols] (+)= a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth. A block's sum
 // starts from zero and joins c at the end: the error grows with the block's depth, not with the length of the whole
-// reduction.
-template <class Ar, class Layout, int rows>
+// reduction. beside() is called for each turn (see Beside).
+template <class Ar, class Layout, int rows, class F>
 void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, typename Ar::C* c,
-              bool first, const Ahead& ahead) {
+              bool first, const Ahead& ahead, F& beside) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
@@ -92,6 +119,7 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
   for (int64_t left = depth; left > 0; left -= kLineSteps, line += 64) {
     if (line < ahead.bytes)
       for (int64_t row = 0; row < ahead.rows; ++row) __builtin_prefetch(ahead.begin + row * ahead.stride + line, 0, 2);
+    beside();
     const int64_t steps = left < kLineSteps ? left : kLineSteps;
     for (int64_t k = 0; k < steps; ++k) {
       Vec<Element> panel[kMicroVectors];
@@ -117,30 +145,42 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
     }
 }
 
+struct Nothing {
+  MOE_INLINE void operator()() const {}
+};
+inline constexpr Nothing kNothing;
+
 // Any number of rows up to kMicroRows.
-template <class Ar, class Layout, int rows = kMicroRows>
+template <class Ar, class Layout, class F, int rows = kMicroRows>
 MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth,
-                              typename Ar::C* c, bool first, const Ahead& ahead) {
-  if constexpr (rows == 1) {
-    multiply<Ar, Layout, 1>(a, b, depth, c, first, ahead);
+                              typename Ar::C* c, bool first, const Ahead& ahead, F& beside) {
+  if constexpr (rows == 0) {
+    return;
+  } else if (n == rows) {
+    if constexpr (rows == kMicroRows) multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead, beside);
+    else multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead, kNothing);
   } else {
-    if (n == rows) multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead);
-    else multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, c, first, ahead);
+    multiply_rows<Ar, Layout, F, rows - 1>(n, a, b, depth, c, first, ahead, beside);
   }
 }
 
+template <class Ar>
+int64_t turns_of_block(int64_t rows, int64_t cols, int64_t depth) {
+  return rows / kMicroRows * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kLineSteps);
+}
+
 // c[rows, cols] (+)= A block . B block, where B is packed in panels.
-template <class Ar, class Layout>
+template <class Ar, class Layout, class F = const Nothing>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
-                    int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead = {}) {
+                    int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead = {}, F& beside = kNothing) {
   const int64_t row_steps = ceil_div(rows, kMicroRows), calls = row_steps * ceil_div(cols, kMicroCols<Ar>);
   int64_t call = 0;
   for (int64_t col = 0; col < cols; col += kMicroCols<Ar>) {
     const int64_t in_panel = col % kPanel<Ar>;
     for (int64_t row = 0; row < rows; row += kMicroRows, ++call)
-      multiply_rows<Ar, Layout>(rows - row < kMicroRows ? rows - row : kMicroRows, a + row * Layout::kRowStride,
+      multiply_rows<Ar, Layout>(min(rows - row, kMicroRows), a + row * Layout::kRowStride,
                                 b + (col - in_panel) * depth + in_panel, depth, c + row * kTileCols + col, first,
-                                ahead.part(call, calls));
+                                ahead.part(call, calls), beside);
   }
 }
 

@@ -101,17 +101,38 @@ MOE_INLINE void pack_across(const S* const* rows, const typename Ar::C* scale, b
     store_vector(at(col), Vec<typename Ar::Element>{});
 }
 
-// Rows of an operand of the ragged-K product: `cols` columns of each, from col_begin on.
-template <class Ar, int panel, class S>
-void pack_columns(const S* const* from, const typename Ar::C* scale, bool scaled, int64_t depth, int64_t col_begin,
-                  int64_t cols, typename Ar::Element* to) {
+// Rows that are packed across the reduction: those of weights whose unit stride runs along N, or of an operand of the
+// ragged-K product.
+template <class S, class C>
+struct StridedRows {
+  const S* data;
+  int64_t stride;
+  static constexpr bool scaled = false;
+
+  const S* at(int64_t k) const { return data + k * stride; }
+  C scale_at(int64_t) const { return 1; }
+};
+template <class S, class C>
+struct FoundRows {
+  const S* const* rows;
+  const C* scale;
+  bool scaled;
+  int64_t col_begin;
+
+  const S* at(int64_t k) const { return rows[k] + col_begin; }
+  C scale_at(int64_t k) const { return scale[k]; }
+};
+
+// The first `cols` columns of rows [depth], from first_step on.
+template <class Ar, class X, int panel, class S, class C, template <class, class> class Rows>
+void pack_steps(const Rows<S, C>& rows, int64_t depth, int64_t cols, typename Ar::Element* to, int64_t first_step = 0) {
   const int64_t steps = ceil_div(depth, Ar::kDepth);
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t r = step * Ar::kDepth;
-    const bool second = Ar::kDepth == 2 && r + 1 < depth;
-    const S* rows[2] = {from[r] + col_begin, second ? from[r + 1] + col_begin : nullptr};
-    const typename Ar::C scales[2] = {scale[r], second ? scale[r + 1] : 0};
-    pack_across<Ar, S, panel>(rows, scales, scaled, cols, step, steps, to);
+  for (int64_t step = first_step; step < steps; ++step) {
+    const int64_t k = step * Ar::kDepth;
+    const bool second = Ar::kDepth == 2 && k + 1 < depth;
+    const S* from[2] = {rows.at(k), second ? rows.at(k + 1) : nullptr};
+    const C scales[2] = {rows.scale_at(k), second ? rows.scale_at(k + 1) : 0};
+    pack_across<Ar, X, panel>(from, scales, rows.scaled, cols, step, steps, to);
   }
 }
 
@@ -130,10 +151,11 @@ MOE_INLINE void load_transposed(const S* corner, int64_t n_stride, int64_t width
   transpose<typename Ar::Element>(block);
 }
 
-// Panels of `cols` columns of an expert's weights, with unit stride along K or along N (or none: a column at a time).
+// Panels of `cols` columns of an expert's weights, with unit stride along K or along N (or none: a column at a time),
+// from first_step on.
 template <class Ar, class X, class S>
 void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t cols, int64_t depth,
-                  typename Ar::Element* to) {
+                  typename Ar::Element* to, int64_t first_step = 0) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>, panel = kPanel<Ar>;
@@ -142,7 +164,7 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
     for (int64_t col = 0; col < ceil_div(cols, panel) * panel; col += lanes) {
       Element* panel_to = to + col / panel * panel * steps + col % panel;
       const S* from = weight + col * n_stride;
-      int64_t step = 0;
+      int64_t step = first_step;
       Vec<Element> block[lanes];
       for (; col + lanes <= cols && (step + lanes) * Ar::kDepth <= depth; step += lanes) {
         load_transposed<Ar, X, true>(from + step * Ar::kDepth, n_stride, lanes, depth, block);
@@ -154,17 +176,16 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
         for (int64_t i = 0; i < min(steps - step, lanes); ++i) store_vector(panel_to + (step + i) * panel, block[i]);
       }
     }
+  } else if (n_stride == 1) {
+    pack_steps<Ar, X, panel>(StridedRows<S, C>{weight, k_stride}, depth, cols, to, first_step);
   } else {
     const C scales[2] = {1, 1};
-    S gathered[2][kTileCols];
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t k = step * Ar::kDepth;
-      const S* rows[2] = {weight + k * k_stride,
-                          Ar::kDepth == 2 && k + 1 < depth ? weight + (k + 1) * k_stride : nullptr};
-      for (int half = 0; n_stride != 1 && half < Ar::kDepth && rows[half]; ++half) {
-        for (int64_t j = 0; j < cols; ++j) gathered[half][j] = rows[half][j * n_stride];
-        rows[half] = gathered[half];
-      }
+    S gathered[2][kAcrossCols<Ar>];
+    for (int64_t step = first_step; step < steps; ++step) {
+      const int64_t k = step * Ar::kDepth, count = min(depth - k, Ar::kDepth);
+      for (int64_t half = 0; half < count; ++half)
+        for (int64_t j = 0; j < cols; ++j) gathered[half][j] = weight[(k + half) * k_stride + j * n_stride];
+      const S* rows[2] = {gathered[0], count == 2 ? gathered[1] : nullptr};
       pack_across<Ar, X, panel>(rows, scales, false, cols, step, steps, to);
     }
   }

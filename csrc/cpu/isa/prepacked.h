@@ -2,8 +2,8 @@
 // rows. Blocks and sums are those of multiply.h, so that packing ahead does not change a bit of a result.
 #pragma once
 
+#include "cpu/isa/beside.h"
 #include "cpu/isa/panels.h"
-#include "cpu/isa/tile.h"
 
 namespace moe::MOE_ISA {
 
@@ -119,7 +119,7 @@ int64_t multiply_side_by_side(const PackedPanels<X>& panels, int64_t begin, int6
 
 // As many blocks of A along the reduction are packed at a time as a tile's block has room for: fewer rows read longer
 // runs of a panel, at best all of it; then what is asked for ahead is what lies one block further, in this panel or
-// the next.
+// the next. The next blocks of A are packed beside.
 template <class Ar, class X>
 void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w, Blocks<Ar>& blocks) {
   const auto panels = panels_of<Ar>(w);
@@ -133,16 +133,18 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
     const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kLineSteps) * 64;
     return {reinterpret_cast<const char*>(from), run, ceil_div(bytes, run), run};
   };
-  for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed_depth) {
-    const int64_t end = min(begin + packed_depth, w.depth);
-    typename Ar::Element* block = blocks.a;
-    for (int64_t k = begin; k < end; k += kBlockDepth<Ar>, block += block_size)
-      pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, min(end - k, kBlockDepth<Ar>), block,
-                    RowsOfA<Ar>::kRowStride);
-    const int64_t done = multiply_side_by_side<Ar>(panels, begin, end, a.count, blocks.a, block_size, blocks.tile);
+  pack_row_blocks<Ar>(a, 0, min(packed_depth, w.depth), blocks.a[0], block_size);
+  int which = 0;
+  for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed_depth, which ^= 1) {
+    const int64_t end = min(begin + packed_depth, w.depth), next_end = min(end + packed_depth, w.depth);
+    const int64_t done =
+        multiply_side_by_side<Ar>(panels, begin, end, a.count, blocks.a[which], block_size, blocks.tile);
+    const int64_t turns = (panels.count - done) * turns_of_block<Ar>(a.count, kPanel<Ar>, (end - begin) / Ar::kDepth);
+    RowsBeside<Ar, X> rows(a, end, next_end, blocks.a[which ^ 1], block_size, turns);
+    auto beside = [&]() __attribute__((always_inline)) { take_turn(rows); };
     for (int64_t i = done; i < panels.count; ++i) {
       const auto& panel = panels.panels[i];
-      block = blocks.a;
+      const typename Ar::Element* block = blocks.a[which];
       for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {
         const int64_t depth = min(end - k, kBlockDepth<Ar>), steps = ceil_div(depth, Ar::kDepth);
         const int64_t next = k + kBlockDepth<Ar>;
@@ -150,10 +152,13 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
         if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth, steps);
         else if (i + 1 < panels.count && depth)
           wanted = ahead(panels.panels[i + 1].data + (whole ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
-        multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b), a.count,
-                                        panel.cols, steps, blocks.tile + panel.tile_col, k == 0, wanted);
+        multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b[0]),
+                                        a.count, panel.cols, steps, blocks.tile + panel.tile_col, k == 0, wanted,
+                                        beside);
       }
     }
+    finish(rows);
+    pack_row_blocks<Ar>(a, end, next_end, blocks.a[which ^ 1], block_size, rows.whole);
   }
   const bool interleaved = w.gated && w.at.step == 2;
   const int64_t before = before_ups<Ar>(w);

@@ -29,9 +29,9 @@ struct Kernels {
   // the tile's share of grad_score.
   void (*grouped_gemm)(const GroupedGemmParams&, int64_t expert, int64_t row_begin, int64_t row_end, int64_t col_begin,
                        int64_t col_end, void* partial_score, int64_t score_stride);
-  // One tile of an expert's [N, K] gradient.
+  // Of an expert's [N, K] gradient a tile's rows, columns k_begin..k_end.
   void (*grouped_gemm_weight_grad)(const WeightGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
-                                   int64_t n_begin, int64_t k_begin);
+                                   int64_t n_begin, int64_t k_begin, int64_t k_end);
   // Columns col_begin..col_end of an expert's bias gradient.
   void (*grouped_gemm_bias_grad)(const BiasGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
                                  int64_t col_begin, int64_t col_end);

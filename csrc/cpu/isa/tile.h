@@ -11,8 +11,9 @@ template <class Ar>
 struct Blocks {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
-  alignas(64) Element a[kTileRows * RowsOfA<Ar>::kRowStride];
-  alignas(64) Element b[kTileCols * kBlockSteps];
+  // Of each operand one block is packed while the other is multiplied.
+  alignas(64) Element a[2][kTileRows * RowsOfA<Ar>::kRowStride];
+  alignas(64) Element b[2][kAcrossCols<Ar> * kBlockSteps];
   alignas(64) C tile[kTileRows * kTileCols];
 
   static Blocks& of_thread() { return *static_cast<Blocks*>(scratch(sizeof(Blocks))); }

@@ -37,6 +37,29 @@ MOE_INLINE void transpose(Vec<E>* rows) {
   }
 }
 
+// As many rows as a unit of 16 bytes holds values: rows[i] becomes value i of every unit, one of each row.
+template <class E>
+MOE_INLINE void transpose_units(Vec<E>* rows) {
+  constexpr int unit = 16 / int(sizeof(E));
+#pragma GCC unroll 2
+  for (int step = 1; step < unit; step *= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < unit; ++i)
+      if (!(i & step)) unzip<E, true>(rows[i], rows[i + step], std::make_integer_sequence<int, kLanes<E>>());
+}
+
+template <int unit, class E, int... lane>
+MOE_INLINE void store_unit(E* to, Vec<E> v, std::integer_sequence<int, lane...>) {
+  const auto values = __builtin_shufflevector(v, v, (unit * int(sizeof...(lane)) + lane)...);
+  std::memcpy(to, &values, sizeof(values));
+}
+
+// Unit i of v to `to + i * stride`.
+template <class E, int... unit>
+MOE_INLINE void store_units(E* to, int64_t stride, Vec<E> v, std::integer_sequence<int, unit...>) {
+  (store_unit<unit>(to + unit * stride, v, std::make_integer_sequence<int, 16 / int(sizeof(E))>()), ...);
+}
+
 // columns [count, lanes] become rows [rows, count].
 template <class E>
 MOE_INLINE void store_rows(const E* columns, int64_t count, int rows, E* out) {
