@@ -36,6 +36,12 @@ double sum_over_threads(const F& rate) {
 
 constexpr int64_t kPieceBytes = 2 << 20;  // a fraction of a millisecond
 
+double median(std::vector<double>& values) {
+  const auto middle = values.begin() + values.size() / 2;
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
 // The median rate at which one thread moves pieces at rising offsets below `bytes`, again and again.
 template <class F>
 double median_rate(int64_t bytes, double seconds, const F& move) {
@@ -47,9 +53,7 @@ double median_rate(int64_t bytes, double seconds, const F& move) {
     move(offset / int64_t(sizeof(float)));
     rates.push_back(double(kPieceBytes) / seconds_since(begin));
   }
-  const auto middle = rates.begin() + rates.size() / 2;
-  std::nth_element(rates.begin(), middle, rates.end());
-  return *middle;
+  return median(rates);
 }
 
 AlignedFloats new_buffer(int64_t bytes) {
@@ -71,17 +75,17 @@ double peak_arithmetic(Dtype dtype, double seconds) {
   const auto start = Clock::now();
   return sum_over_threads([&](int64_t) {
     Sink sink;
-    double best = 0;
+    std::vector<double> rates;
     int64_t rounds = 1 << 10;
     do {
       const auto begin = Clock::now();
       const double flops = kernels().roof_arithmetic(dtype, rounds, sink.values);
       const double taken = seconds_since(begin);
-      if (flops == 0) break;
+      if (flops == 0) return 0.0;
       if (taken < kPieceSeconds) rounds *= 2;
-      best = std::max(best, flops / taken);
-    } while (seconds_since(start) < seconds);
-    return best;
+      else rates.push_back(flops / taken);
+    } while (rates.empty() || seconds_since(start) < seconds);
+    return median(rates);
   });
 }
 

@@ -1,6 +1,7 @@
 // Few rows: bound by reading the weights, which are read once, where they lie. A square of them is transposed in
-// registers and multiplied there, never packed. Sums run in the order and in the blocks of multiply.h, so that a row's
-// result does not depend on which of the two computed it.
+// registers and multiplied there, never packed. Each lane has a run of weight rows that lie one behind the other, so
+// that memory is read in as many streams as there are lanes, each as long as its run. Sums run in the order and in the
+// blocks of multiply.h, so that a row's result does not depend on which of the two computed it.
 #pragma once
 
 #include "cpu/isa/pack.h"
@@ -14,17 +15,18 @@ inline constexpr int kFewRows = kMicroRows;
 template <class Ar>
 inline constexpr int64_t kFewRowsStride = kTileRows / kFewRows * RowsOfA<Ar>::kRowStride / kBlockSteps * kBlockSteps;
 
-// acc[rows] += a[rows, kLanes Elements] . block of weights. next: the same place in the weights that will be read after
-// these, or null.
+inline constexpr int kAheadBytes = 512;  // between a line of a stream that is asked for and the one that is read
+
+// acc[rows] += a[rows, kLanes Elements] . block of weights.
 template <class Ar, class X, bool whole, int rows, class S>
 MOE_INLINE void few_rows_block(const typename Ar::Element* a, const S* corner, int64_t n_stride, int64_t width,
-                               int64_t depth, Vec<typename Ar::C>* acc, const S* next) {
+                               int64_t depth, Vec<typename Ar::C>* acc) {
   constexpr int lanes = kLanes<typename Ar::C>;
   Vec<typename Ar::Element> block[lanes];
   load_transposed<Ar, X, whole>(corner, n_stride, width, depth, block);
-  if (next)
+  if constexpr (whole)
 #pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) __builtin_prefetch(next + j * n_stride, 0, 2);
+    for (int j = 0; j < lanes; ++j) __builtin_prefetch(corner + j * n_stride + kAheadBytes / sizeof(S), 0, 2);
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i)
 #pragma GCC unroll 16
@@ -35,7 +37,7 @@ MOE_INLINE void few_rows_block(const typename Ar::Element* a, const S* corner, i
 // c[rows, kLanes] (+)= a[rows, depth] . weights[kLanes, depth]^T, of which `width` columns are there.
 template <class Ar, class X, class S, int rows>
 MOE_INLINE void few_rows_columns(const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t width,
-                                 int64_t depth, typename Ar::C* c, bool first, const S* next) {
+                                 int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
   constexpr int64_t step = kLanes<C> * Ar::kDepth;
   for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
@@ -43,10 +45,9 @@ MOE_INLINE void few_rows_columns(const typename Ar::Element* a, const S* weight,
     Vec<C> acc[rows] = {};
     int64_t k = begin;
     for (; width >= kLanes<C> && k + step <= end; k += step)
-      few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc,
-                                        next ? next + k : nullptr);
+      few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc);
     for (; k < end; k += step)
-      few_rows_block<Ar, X, false, rows, S>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc, nullptr);
+      few_rows_block<Ar, X, false, rows, S>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc);
     for (int row = 0; row < rows; ++row) {
       C* to = c + row * kTileCols;
       store<C>(to, first && begin == 0 ? acc[row] : load<C>(to) + acc[row]);
@@ -61,17 +62,36 @@ inline int64_t rows_taken(int64_t count) {
   return rows;
 }
 
+// Columns that a lane has.
+template <class C>
+int64_t columns_of_lane(int64_t cols) {
+  return cols / kLanes<C>;
+}
+
+// Column i of every lane's run stands at c + i * kLanes, and behind those the columns that are too few for another of
+// each lane; columns_in_order puts them in their places.
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t cols,
                   int64_t depth, typename Ar::C* c, bool first) {
-  constexpr int lanes = kLanes<typename Ar::C>, more = rows < kFewRows / 2 ? 2 * rows : kFewRows;
+  using C = typename Ar::C;
+  constexpr int lanes = kLanes<C>, more = rows < kFewRows / 2 ? 2 * rows : kFewRows;
   if constexpr (rows < kFewRows) {
     if (n > rows) return multiply_few<Ar, X, S, more>(n, a, weight, n_stride, cols, depth, c, first);
   }
-  for (int64_t col = 0; col < cols; col += lanes) {
-    const S* here = weight + col * n_stride;
-    few_rows_columns<Ar, X, S, rows>(a, here, n_stride, cols - col, depth, c + col, first,
-                                     col + lanes < cols ? here + lanes * n_stride : nullptr);
+  const int64_t run = columns_of_lane<C>(cols), rest = run * lanes;
+  for (int64_t i = 0; i < run; ++i)
+    few_rows_columns<Ar, X, S, rows>(a, weight + i * n_stride, run * n_stride, lanes, depth, c + i * lanes, first);
+  if (rest < cols)
+    few_rows_columns<Ar, X, S, rows>(a, weight + rest * n_stride, n_stride, cols - rest, depth, c + rest, first);
+}
+
+template <class C>
+void columns_in_order(int64_t rows, int64_t cols, C* c) {
+  const int64_t run = columns_of_lane<C>(cols);
+  C by_lane[kTileCols];
+  for (int64_t row = 0; row < rows; ++row, c += kTileCols) {
+    std::memcpy(by_lane, c, run * kLanes<C> * sizeof(C));
+    store_rows<C>(by_lane, run, kLanes<C>, c);
   }
 }
 

@@ -123,6 +123,7 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
       multiply_few<Ar, X>(a.count, blocks.a[0], w.run(half) + k, w.col_stride(), w.cols, depth,
                           blocks.tile + half * kTileCols / 2, k == 0);
   }
+  for (int64_t half = 0; half <= w.gated; ++half) columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
 
 template <class Ar, class X, class W>

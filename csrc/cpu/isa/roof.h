@@ -6,8 +6,9 @@
 
 namespace moe::MOE_ISA {
 
-// Enough independent chains to hide a latency of 4 cycles on two ports (or 6 on two), few enough for 16 registers.
-inline constexpr int kChains = 12;
+// Independent chains, as many as the micro-kernel has accumulators: two for each cycle of a latency of 4 to 6, on two
+// ports, where there are registers for them.
+inline constexpr int kChains = MOE_VECTOR_BYTES == 64 ? 24 : 12;
 
 // acc = acc * factor + term: the accumulator is multiplied so that nothing can be hoisted out of the loop, and
 // converges to term / (1 - factor), so that no chain overflows or becomes denormal.
@@ -16,7 +17,7 @@ double multiply_add(int64_t rounds, double* sink) {
   Vec<C> acc[kChains], factor = broadcast(C(sink[0])), term = broadcast(C(sink[1]));
   for (auto& chain : acc) chain = term;
   for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (auto& chain : acc) chain = chain * factor + term;
   }
   for (auto& chain : acc) sink[2] += sum_lanes<C>(chain);
@@ -29,7 +30,7 @@ inline double dot_bfloat16(int64_t rounds, double* sink) {
   for (auto& chain : acc) chain = _mm512_set1_ps(float(sink[1]));
   const __m512bh a = _mm512_cvtne2ps_pbh(acc[0], acc[1]), b = a;
   for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (auto& chain : acc) chain = _mm512_dpbf16_ps(chain, a, b);
   }
   for (auto& chain : acc) sink[2] += chain[0];
