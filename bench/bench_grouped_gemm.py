@@ -19,7 +19,7 @@ import device
 import moe_ops
 import peers
 import roofline
-from passes import exact_results, forward_pass, gradient_pass, require_gradients
+from passes import exact_results, forward_pass, gradient_pass, require_gradients, roof_in_turn
 from report import OURS, PREPACKED, Report, Variant, parse_args, relative_error
 from shapes import Shape
 from timing import sets_to_stay_cold
@@ -95,6 +95,7 @@ def bench_grouped_gemm(report: Report, s: Shape, dtype: torch.dtype) -> None:
     table.append(
         variant(f"{OURS}, Zipf", lambda rows, w: moe_ops.grouped_gemm(rows, w, zipf_offsets), zipf_exact, zipf_work)
     )
+    table += roof_in_turn(report, [work], dtype, count)
     report.table("grouped_gemm forward", s, dtype, table, sets=count, missing=missing)
 
     require_gradients(sets, True)
@@ -111,6 +112,7 @@ def bench_grouped_gemm(report: Report, s: Shape, dtype: torch.dtype) -> None:
                 return relative_error(got, expected)
 
             table.append(Variant(name, gradient_pass(forward, sets, operand, grad), check, work))
+        table += roof_in_turn(report, [work], dtype, count)
         report.table(f"grouped_gemm {what} gradient", s, dtype, table, sets=count, missing=missing)
 
 

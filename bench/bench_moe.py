@@ -19,7 +19,7 @@ import moe_ops
 import peers
 import roofline
 from moe_ops import PackedWeight
-from passes import Results, exact_results, forward_pass, require_gradients, training_pass
+from passes import Results, exact_results, forward_pass, require_gradients, roof_in_turn, training_pass
 from report import OURS, PREPACKED, Report, Variant, parse_args, relative_error
 from shapes import Shape
 from timing import sets_to_stay_cold
@@ -134,6 +134,7 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         run = training_pass(dense, dense_sets, grad_y) if train else forward_pass(dense)
         dense_work = roofline.dense(s, dtype.itemsize, train)
         variants.append(Variant("dense, same FLOPs", run, lambda got: relative_error(got, expected_dense), dense_work))
+        variants += roof_in_turn(report, [work], dtype, len(sets))
         name = "moe forward+backward" if train else "moe forward"
         report.table(name, s, dtype, variants, sets=len(sets), missing=missing)
 

@@ -72,17 +72,25 @@ def exact_results(forward: Callable[..., Tensor], operands: Operands, grad: Tens
     return run(0)
 
 
-def bytes_in_order(works: Sequence[Work], sets: int) -> Callable[[int], None]:
-    """Passes over memory that read and write as many bytes as each of `works`, in order, and compute nothing."""
+def roof_in_turn(report: Report, works: Sequence[Work], dtype: torch.dtype, sets: int) -> list[Variant]:
+    """The roof that binds, as a variant of the same table: clock and bandwidth of a shared machine move within a run.
+    As many multiply-adds as `works` need, in registers alone; or passes over memory that read and write as many bytes
+    as each of them, in order, and compute nothing. None on a GPU.
+    """
+    if device.on_cuda():
+        return []
     from moe_ops import _C
 
+    total, name = sum(works, Work()), str(dtype).removeprefix("torch.")
+    if report.roofs.arithmetic_seconds(total, name) >= report.roofs.memory_seconds(total):
+        return [Variant("same FLOPs in registers", lambda _: _C.multiply_adds(name, total.flops), None, total)]
     passes = [[_C.InOrder(int(work.read), int(work.written)) for work in works] for _ in range(sets)]
 
     def run(i: int) -> None:
         for each in passes[i]:
             each.run()
 
-    return run
+    return [Variant("same bytes in order", run, None, total)]
 
 
 def time_both_passes(
@@ -97,12 +105,10 @@ def time_both_passes(
     exact: Callable[..., Tensor],
     work: Work,
     backward_work: Work,
-    bound_by_memory: bool = False,
+    beside_its_roof: bool = False,
     missing: dict[str, str] | None = None,
 ) -> None:
-    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64. What is bound
-    by memory stands beside passes over the same bytes in order: the bandwidth of a shared machine moves within a run.
-    """
+    """Two tables of functions of one set of operands, checked against `exact`, which computes in float64."""
     for train in (False, True):
         works = [work, backward_work] if train else [work]
         total = sum(works, Work())
@@ -120,7 +126,7 @@ def time_both_passes(
                 return relative_error(results, expected)
 
             table.append(Variant(variant, run, check, total))
-        if bound_by_memory and not device.on_cuda():
-            table.append(Variant("same bytes in order", bytes_in_order(works, len(sets)), None, total))
+        if beside_its_roof:
+            table += roof_in_turn(report, works, dtype, len(sets))
         title = f"{name} forward+backward" if train else f"{name} forward"
         report.table(title, shape, dtype, table, sets=len(sets), missing=missing)

@@ -104,6 +104,26 @@ def test_more_bytes_in_order_take_longer():
         torch.set_num_threads(threads)
 
 
+def test_more_flops_take_longer():
+    from device import wall_time
+    from moe_ops import _C
+
+    def shortest(dtype, flops):
+        return min(wall_time(lambda: _C.multiply_adds(dtype, flops)) for _ in range(10))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype in ("float32", "float64", "bfloat16", "float16"):
+            assert shortest(dtype, 1e9) > 4 * shortest(dtype, 1e8), dtype
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match=r"multiply_adds: flops must not be negative, got -1"):
+        _C.multiply_adds("float32", -1)
+    with pytest.raises(ValueError, match=r"multiply_adds: dtype must be .* got int8"):
+        _C.multiply_adds("int8", 1)
+
+
 def test_bytes_in_order_are_not_negative():
     from moe_ops import _C
 

@@ -89,6 +89,19 @@ double peak_arithmetic(Dtype dtype, double seconds) {
   });
 }
 
+void multiply_adds(Dtype dtype, double flops) {
+  Sink probe;
+  double of_round = kernels().roof_arithmetic(dtype, 1, probe.values);
+  if (of_round == 0) dtype = Dtype::float32, of_round = kernels().roof_arithmetic(dtype, 1, probe.values);
+  const int64_t threads = torch::stable::get_num_threads(), rounds = int64_t(flops / of_round / double(threads));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      Sink sink;
+      kernels().roof_arithmetic(dtype, rounds, sink.values);
+    }
+  });
+}
+
 Bandwidth peak_bandwidth(int64_t bytes, double seconds) {
   const int64_t share = std::max(bytes / int64_t(torch::stable::get_num_threads()), 8 * kPieceBytes);
   Bandwidth peak;

@@ -9,9 +9,13 @@
 
 namespace moe {
 
-// FLOP/s of multiply-adds on torch's threads with the instruction set in use, the best of several runs within
-// `seconds`; 0 where the dtype has no arithmetic of its own.
+// FLOP/s of multiply-adds on torch's threads with the instruction set in use, the median within `seconds`; 0 where the
+// dtype has no arithmetic of its own.
 MOE_EXPORT double peak_arithmetic(Dtype dtype, double seconds);
+
+// So many FLOPs in registers alone, on torch's threads; in float32 where the dtype has no arithmetic of its own. What a
+// stage can be held against within one interleaved run, as the clock of a shared machine moves.
+MOE_EXPORT void multiply_adds(Dtype dtype, double flops);
 
 struct Bandwidth {
   double read, copy;  // bytes per second; copy counts what is read and what is written

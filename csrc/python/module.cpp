@@ -53,11 +53,18 @@ py::dict build_facts() {
   return facts;
 }
 
-moe::Dtype dtype_named(const std::string& name) {
+moe::Dtype dtype_named(const std::string& function, const std::string& name) {
   if (name == "float32") return moe::Dtype::float32;
   if (name == "bfloat16") return moe::Dtype::bfloat16;
   if (name == "float16") return moe::Dtype::float16;
-  throw py::value_error("gemm_tiles: dtype must be float32, bfloat16 or float16, got " + name);
+  throw py::value_error(function + ": dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+void multiply_adds(const std::string& dtype, double flops) {
+  if (!(flops >= 0)) throw py::value_error("multiply_adds: flops must not be negative, got " + std::to_string(flops));
+  const moe::Dtype type = dtype == "float64" ? moe::Dtype::float64 : dtype_named("multiply_adds", dtype);
+  py::gil_scoped_release release;
+  moe::multiply_adds(type, flops);
 }
 
 moe::Epilogue epilogue_named(const std::string& name) {
@@ -72,7 +79,8 @@ py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int6
                     bool allow_tf32, int arch, int64_t k, const std::string& epilogue, bool gathers, int clusters) {
   using namespace py::literals;
   const moe::Epilogue finish = epilogue_named(epilogue);
-  if (arch == 90 && direct && dtype_named(dtype) != moe::Dtype::float32) {
+  const moe::Dtype type = dtype_named("gemm_tiles", dtype);
+  if (arch == 90 && direct && type != moe::Dtype::float32) {
     const moe::HopperGemmProblem problem{rows, experts, n, k, finish};
     const moe::HopperTiles tiles = moe::pick_hopper_tiles(processors, problem);
     return py::dict(
@@ -80,12 +88,9 @@ py::dict gemm_tiles(int processors, const std::string& dtype, int64_t rows, int6
         "threads"_a = tiles.kThreads, "blocks"_a = 1, "tensor_cores"_a = true,
         "cluster"_a = moe::pick_hopper_cluster(processors, clusters < 0 ? processors / 2 : clusters, problem, gathers));
   }
-  const moe::GemmConfig config = moe::pick_config(processors, {.dtype = dtype_named(dtype),
-                                                               .rows = rows,
-                                                               .experts = experts,
-                                                               .n = n,
-                                                               .direct = direct,
-                                                               .allow_tf32 = allow_tf32});
+  const moe::GemmConfig config = moe::pick_config(
+      processors,
+      {.dtype = type, .rows = rows, .experts = experts, .n = n, .direct = direct, .allow_tf32 = allow_tf32});
   return py::dict("rows"_a = config.rows, "cols"_a = config.cols, "depth"_a = config.depth, "stages"_a = config.stages,
                   "threads"_a = config.threads(), "blocks"_a = config.blocks, "tensor_cores"_a = config.tensor_cores,
                   "cluster"_a = 1);
@@ -111,6 +116,8 @@ PYBIND11_MODULE(_C, m) {
       "roofs", &roofs, py::arg("bytes"), py::arg("seconds") = 0.2,
       "Measure this machine's roofs on torch's threads: FLOP/s of multiply-adds by dtype, bytes/s read and copied over "
       "buffers of `bytes`");
+  m.def("multiply_adds", &multiply_adds, py::arg("dtype"), py::arg("flops"),
+        "So many FLOPs on torch's threads, in registers alone");
   py::class_<moe::InOrder>(m, "InOrder", "As many bytes read and written as a stage's, in order, and nothing computed")
       .def(py::init(&in_order), py::arg("read"), py::arg("written"))
       .def("run", &moe::InOrder::run, py::call_guard<py::gil_scoped_release>(), "One pass, into fresh memory");

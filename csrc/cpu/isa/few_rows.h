@@ -1,7 +1,8 @@
-// Few rows: bound by reading the weights, which are read once, where they lie. A square of them is transposed in
-// registers and multiplied there, never packed. Each lane has a run of weight rows that lie one behind the other, so
-// that memory is read in as many streams as there are lanes, each as long as its run. Sums run in the order and in the
-// blocks of multiply.h, so that a row's result does not depend on which of the two computed it.
+// Few rows: bound by reading the weights, which are read once, where they lie. Where their unit stride runs along the
+// reduction, a square of them is transposed in registers and multiplied there, never packed. Each lane has a run of
+// weight rows that lie one behind the other, so that memory is read in as many streams as there are lanes, each as long
+// as its run. Sums run in the order and in the blocks of multiply.h, so that a row's result does not depend on which of
+// the two computed it.
 #pragma once
 
 #include "cpu/isa/pack.h"
@@ -93,6 +94,58 @@ void columns_in_order(int64_t rows, int64_t cols, C* c) {
     std::memcpy(by_lane, c, run * kLanes<C> * sizeof(C));
     store_rows<C>(by_lane, run, kLanes<C>, c);
   }
+}
+
+// The same for weights whose unit stride runs across the reduction, [depth, cols]: no square is transposed, and columns
+// stand in their places. As many vectors of a row are taken at a time as its sums find room in the registers.
+template <class Ar, class X, class S, int rows, int vectors>
+void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
+                     typename Ar::C* c, bool first) {
+  using C = typename Ar::C;
+  constexpr int lanes = kLanes<C>;
+  constexpr int64_t kStepBytes = Ar::kDepth * vectors * lanes * sizeof(S), kStepsAhead = 8192 / kStepBytes;
+  const C scales[2] = {1, 1};
+  for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
+    const int64_t end = min(begin + kBlockDepth<Ar>, depth);
+    Vec<C> acc[rows][vectors] = {};
+    for (int64_t k = begin; k < end; k += Ar::kDepth) {
+      const S* at[2] = {weight + k * k_stride, Ar::kDepth == 2 && k + 1 < end ? weight + (k + 1) * k_stride : nullptr};
+      for (int i = 0; i < Ar::kDepth; ++i)
+        for (int64_t byte = 0; byte < kStepBytes / Ar::kDepth; byte += 64)
+          __builtin_prefetch(
+              reinterpret_cast<const char*>(weight + (k + i + kStepsAhead * Ar::kDepth) * k_stride) + byte, 0, 2);
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) {
+        const S* from[2] = {at[0] + v * lanes, at[1] ? at[1] + v * lanes : nullptr};
+        const auto values = Reader<Ar, X, S>::across_k(from, cols - v * lanes, scales, false);
+#pragma GCC unroll 16
+        for (int row = 0; row < rows; ++row)
+          acc[row][v] = Ar::step(acc[row][v], broadcast(a[row * kFewRowsStride<Ar> + k / Ar::kDepth]), values);
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) {
+        C* to = c + row * kTileCols + v * lanes;
+        store<C>(to, first && begin == 0 ? acc[row][v] : load<C>(to) + acc[row][v]);
+      }
+  }
+}
+
+template <class Ar, class X, class S, int rows = 1>
+void multiply_few_across(int64_t n, const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols,
+                         int64_t depth, typename Ar::C* c, bool first) {
+  constexpr int lanes = kLanes<typename Ar::C>, more = rows < kFewRows / 2 ? 2 * rows : kFewRows;
+  constexpr int vectors = rows == 1 ? 8 : kMicroRows * kMicroVectors / rows;
+  if constexpr (rows < kFewRows) {
+    if (n > rows) return multiply_few_across<Ar, X, S, more>(n, a, weight, k_stride, cols, depth, c, first);
+  }
+  int64_t col = 0;
+  for (; col + vectors * lanes <= cols; col += vectors * lanes)
+    few_rows_across<Ar, X, S, rows, vectors>(a, weight + col, k_stride, vectors * lanes, depth, c + col, first);
+  for (; col < cols; col += lanes)
+    few_rows_across<Ar, X, S, rows, 1>(a, weight + col, k_stride, cols - col, depth, c + col, first);
 }
 
 }  // namespace moe::MOE_ISA

@@ -108,31 +108,36 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
   }
 }
 
-// Few rows, weights with unit stride along K: as much of the rows as fits is packed, then the weights stream by.
-template <class Ar, class X, class W>
+// Few rows: as much of them as fits is packed, then the weights stream by.
+template <bool along, class Ar, class X, class W>
 void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
   constexpr int64_t kStride = kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
-  // Rows that multiply_few takes besides: what they hold is multiplied, though never stored.
+  // Rows that are taken besides: what they hold is multiplied, though never stored.
   const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(min(w.depth, kDepth), Ar::kDepth));
   for (int64_t row = a.count; row < rows_taken(a.count); ++row)
     std::memset(blocks.a[0] + row * kStride, 0, read * sizeof(blocks.a[0][0]));
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a[0], kStride);
-    for (int64_t half = 0; half <= w.gated; ++half)
-      multiply_few<Ar, X>(a.count, blocks.a[0], w.run(half) + k, w.col_stride(), w.cols, depth,
-                          blocks.tile + half * kTileCols / 2, k == 0);
+    for (int64_t half = 0; half <= w.gated; ++half) {
+      const W* weights = w.run(half) + k * w.k_stride;
+      auto* const to = blocks.tile + half * kTileCols / 2;
+      if (along) multiply_few<Ar, X>(a.count, blocks.a[0], weights, w.col_stride(), w.cols, depth, to, k == 0);
+      else multiply_few_across<Ar, X>(a.count, blocks.a[0], weights, w.k_stride, w.cols, depth, to, k == 0);
+    }
   }
-  for (int64_t half = 0; half <= w.gated; ++half) columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
+  for (int64_t half = 0; along && half <= w.gated; ++half)
+    columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
 
 template <class Ar, class X, class W>
 void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
   if constexpr (std::is_same_v<X, W>)  // prepack has rounded
     if (w.prepacked) return multiply_prepacked<Ar>(a, w, blocks);
-  if (w.k_stride != 1) multiply_packed<false, Ar>(a, w, blocks);
-  else if (a.count <= kFewRows) multiply_unpacked<Ar>(a, w, blocks);
-  else multiply_packed<true, Ar>(a, w, blocks);
+  const bool few = a.count <= kFewRows;
+  if (w.k_stride == 1) few ? multiply_unpacked<true, Ar>(a, w, blocks) : multiply_packed<true, Ar>(a, w, blocks);
+  else if (few && w.col_stride() == 1) multiply_unpacked<false, Ar>(a, w, blocks);
+  else multiply_packed<false, Ar>(a, w, blocks);
 }
 
 template <class X, class W>
