@@ -1,4 +1,4 @@
-"""The two passes that a bench times: forward alone, and forward followed by the gradients of all operands."""
+"""What a bench times: forward, forward and all gradients, one gradient, and the roof in turn with them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def exact_results(forward: Callable[..., Tensor], operands: Operands, grad: Tens
 def roof_in_turn(report: Report, works: Sequence[Work], dtype: torch.dtype, sets: int) -> list[Variant]:
     """The roof that binds, as a variant of the same table: clock and bandwidth of a shared machine move within a run.
     As many multiply-adds as `works` need, in registers alone; or passes over memory that read and write as many bytes
-    as each of them, in order, and compute nothing. None on a GPU.
+    as each of them, in order, and compute nothing. Nothing on a GPU.
     """
     if device.on_cuda():
         return []

@@ -202,6 +202,36 @@ def test_nan_stays_where_it_belongs(device, instruction_set):
     assert w_.grad[0].isnan().sum() == 18 and w_.grad[0][:, 5].isnan().all()
 
 
+@pytest.mark.parametrize("k", [31, 33, 63, 351])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_behind_the_weights_is_not_multiplied(k, across, dtype, device, instruction_set):
+    whole = (
+        integers(2, k + 1, 64, dtype=dtype, limit=1).transpose(1, 2) if across else integers(2, 64, k + 1, dtype=dtype)
+    )
+    whole[:, :, k] = NAN
+    weights = [whole] if dtype == torch.float64 else [whole, whole.float()]
+    for w, count in itertools.product(weights, (1, 12, 13, 40)):
+        a, offsets = (
+            place(integers(2 * count, k, dtype=dtype, seed=1, limit=1), device),
+            place(offsets_of([count] * 2), device),
+        )
+        alone = moe_ops.grouped_gemm(a, place(w[:, :, :k].contiguous(), device), offsets)
+        assert_bitwise_equal(moe_ops.grouped_gemm(a, place(w, device)[:, :, :k], offsets), alone, f"{count} rows")
+        assert alone.isfinite().all()
+
+
+def test_a_gradient_wider_than_its_operands(device, instruction_set):
+    """float64 of float32 rows, more than is kept in a cache, in rows that are no whole vectors of float32."""
+    counts, n, k = [3, 0, 170, 40], 4000, 72
+    grad, a = integers(sum(counts), n, limit=1), integers(sum(counts), k, seed=1, limit=1)
+    offsets = offsets_of(counts)
+    parts = zip(grad.double().split(counts), a.double().split(counts), strict=True)
+    expected = torch.stack([left.T @ right for left, right in parts])
+    operands = (place(grad, device), place(a, device), place(offsets, device), None, 1, torch.float64, False)
+    assert_bitwise_equal(torch.ops.moe_ops.grouped_gemm_weight_grad(*operands), expected)
+
+
 @pytest.mark.parametrize("k", [200, 9000])
 @every_dtype
 def test_a_row_does_not_depend_on_the_others(dtype, k, device, instruction_set, switches):

@@ -1,4 +1,5 @@
-// Measures the machine's roofs on torch's threads, all of them at once. Each thread times short pieces of its own work,
+// Measures the machine's roofs on torch's threads, all of them at once; multiply_adds and InOrder are work for others
+// to time. Each thread times short pieces of its own work,
 // so that on a busy machine most pieces are not interrupted and the figures are those of the machine and not of its
 // load.
 #include "cpu/roof.h"
@@ -24,13 +25,19 @@ struct alignas(64) Sink {
   double values[3] = {0.999, 0.001, 0};  // see isa/roof.h
 };
 
+// f(thread) on each of torch's threads.
+template <class F>
+void on_every_thread(const F& f) {
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) f(thread);
+  });
+}
+
 // The sum over all threads of rate(thread).
 template <class F>
 double sum_over_threads(const F& rate) {
   std::vector<double> rates(torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, rates.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) rates[thread] = rate(thread);
-  });
+  on_every_thread([&](int64_t thread) { rates[thread] = rate(thread); });
   return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
@@ -94,11 +101,9 @@ void multiply_adds(Dtype dtype, double flops) {
   double of_round = kernels().roof_arithmetic(dtype, 1, probe.values);
   if (of_round == 0) dtype = Dtype::float32, of_round = kernels().roof_arithmetic(dtype, 1, probe.values);
   const int64_t threads = torch::stable::get_num_threads(), rounds = int64_t(flops / of_round / double(threads));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      Sink sink;
-      kernels().roof_arithmetic(dtype, rounds, sink.values);
-    }
+  on_every_thread([&](int64_t) {
+    Sink sink;
+    kernels().roof_arithmetic(dtype, rounds, sink.values);
   });
 }
 
@@ -129,9 +134,8 @@ void InOrder::run() const {
   const AlignedFloats to = new_buffer(written_);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t reads = read_ / (64 * threads) * 16, writes = written_ / (64 * threads) * 16;  // values of one thread
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      kernels().roof_move(&to[thread * writes], 4 * writes, &from_[thread * reads], 4 * reads);
+  on_every_thread([&](int64_t thread) {
+    kernels().roof_move(&to[thread * writes], 4 * writes, &from_[thread * reads], 4 * reads);
   });
 }
 

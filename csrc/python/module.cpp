@@ -53,16 +53,20 @@ py::dict build_facts() {
   return facts;
 }
 
-moe::Dtype dtype_named(const std::string& function, const std::string& name) {
+moe::Dtype dtype_named(const std::string& function, const std::string& name, bool allow_float64 = false) {
   if (name == "float32") return moe::Dtype::float32;
   if (name == "bfloat16") return moe::Dtype::bfloat16;
   if (name == "float16") return moe::Dtype::float16;
-  throw py::value_error(function + ": dtype must be float32, bfloat16 or float16, got " + name);
+  if (allow_float64 && name == "float64") return moe::Dtype::float64;
+  throw py::value_error(function + ": dtype must be " + (allow_float64 ? "float64, " : "") +
+                        "float32, bfloat16 or float16, got " + name);
 }
 
 void multiply_adds(const std::string& dtype, double flops) {
-  if (!(flops >= 0)) throw py::value_error("multiply_adds: flops must not be negative, got " + std::to_string(flops));
-  const moe::Dtype type = dtype == "float64" ? moe::Dtype::float64 : dtype_named("multiply_adds", dtype);
+  constexpr double kMost = 1e15;  // an hour of a core
+  if (!(flops >= 0 && flops <= kMost))
+    throw py::value_error("multiply_adds: flops must lie within 0..1e15, got " + std::to_string(flops));
+  const moe::Dtype type = dtype_named("multiply_adds", dtype, true);
   py::gil_scoped_release release;
   moe::multiply_adds(type, flops);
 }

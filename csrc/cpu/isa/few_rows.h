@@ -1,8 +1,8 @@
-// Few rows: bound by reading the weights, which are read once, where they lie. Where their unit stride runs along the
-// reduction, a square of them is transposed in registers and multiplied there, never packed. Each lane has a run of
-// weight rows that lie one behind the other, so that memory is read in as many streams as there are lanes, each as long
-// as its run. Sums run in the order and in the blocks of multiply.h, so that a row's result does not depend on which of
-// the two computed it.
+// Few rows: bound by reading the weights, which are read once, where they lie. Where their unit stride runs across the
+// reduction, vectors of a row are multiplied as they are. Where it runs along, a square of them is transposed in
+// registers and multiplied there, never packed; each lane has a run of weight rows that lie one behind the other, so
+// that memory is read in as many streams as there are lanes, each as long as its run. Sums run in the order and in the
+// blocks of multiply.h, so that a row's result does not depend on which of the two computed it.
 #pragma once
 
 #include "cpu/isa/pack.h"
@@ -16,7 +16,8 @@ inline constexpr int kFewRows = kMicroRows;
 template <class Ar>
 inline constexpr int64_t kFewRowsStride = kTileRows / kFewRows * RowsOfA<Ar>::kRowStride / kBlockSteps * kBlockSteps;
 
-inline constexpr int kAheadBytes = 512;  // between a line of a stream that is asked for and the one that is read
+inline constexpr int kAheadBytes = 512;         // between a line of a stream that is asked for and the one that is read
+inline constexpr int kAcrossAheadBytes = 8192;  // the same across the reduction, counted in what is read
 
 // acc[rows] += a[rows, kLanes Elements] . block of weights.
 template <class Ar, class X, bool whole, int rows, class S>
@@ -49,37 +50,31 @@ MOE_INLINE void few_rows_columns(const typename Ar::Element* a, const S* weight,
       few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc);
     for (; k < end; k += step)
       few_rows_block<Ar, X, false, rows, S>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc);
-    for (int row = 0; row < rows; ++row) {
-      C* to = c + row * kTileCols;
-      store<C>(to, first && begin == 0 ? acc[row] : load<C>(to) + acc[row]);
-    }
+    for (int row = 0; row < rows; ++row) join_sum<C>(c + row * kTileCols, acc[row], first && begin == 0);
   }
 }
 
-// The rows that are computed for `count` of them: a power of two, or all.
+// Rows are taken in powers of two, then all.
+constexpr int more_rows(int rows) { return rows < kFewRows / 2 ? 2 * rows : kFewRows; }
+
+// The rows that are computed for `count` of them.
 inline int64_t rows_taken(int64_t count) {
-  int64_t rows = 1;
-  while (rows < count) rows = rows < kFewRows / 2 ? 2 * rows : kFewRows;
+  int rows = 1;
+  while (rows < count) rows = more_rows(rows);
   return rows;
 }
 
-// Columns that a lane has.
-template <class C>
-int64_t columns_of_lane(int64_t cols) {
-  return cols / kLanes<C>;
-}
-
-// Column i of every lane's run stands at c + i * kLanes, and behind those the columns that are too few for another of
-// each lane; columns_in_order puts them in their places.
+// c[n, cols] (+)= a[n, depth] . weights[cols, depth]^T. Column i of every lane's run stands at c + i * kLanes, and
+// behind those the columns that are too few for another of each lane; columns_in_order puts them in their places.
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t cols,
                   int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
-  constexpr int lanes = kLanes<C>, more = rows < kFewRows / 2 ? 2 * rows : kFewRows;
+  constexpr int lanes = kLanes<C>;
   if constexpr (rows < kFewRows) {
-    if (n > rows) return multiply_few<Ar, X, S, more>(n, a, weight, n_stride, cols, depth, c, first);
+    if (n > rows) return multiply_few<Ar, X, S, more_rows(rows)>(n, a, weight, n_stride, cols, depth, c, first);
   }
-  const int64_t run = columns_of_lane<C>(cols), rest = run * lanes;
+  const int64_t run = cols / lanes, rest = run * lanes;  // run: columns that a lane has
   for (int64_t i = 0; i < run; ++i)
     few_rows_columns<Ar, X, S, rows>(a, weight + i * n_stride, run * n_stride, lanes, depth, c + i * lanes, first);
   if (rest < cols)
@@ -88,7 +83,7 @@ void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, int
 
 template <class C>
 void columns_in_order(int64_t rows, int64_t cols, C* c) {
-  const int64_t run = columns_of_lane<C>(cols);
+  const int64_t run = cols / kLanes<C>;
   C by_lane[kTileCols];
   for (int64_t row = 0; row < rows; ++row, c += kTileCols) {
     std::memcpy(by_lane, c, run * kLanes<C> * sizeof(C));
@@ -96,14 +91,14 @@ void columns_in_order(int64_t rows, int64_t cols, C* c) {
   }
 }
 
-// The same for weights whose unit stride runs across the reduction, [depth, cols]: no square is transposed, and columns
-// stand in their places. As many vectors of a row are taken at a time as its sums find room in the registers.
+// c[rows, cols] (+)= a[rows, depth] . weights[depth, cols], as many vectors of a row at a time as sums find room in the
+// registers.
 template <class Ar, class X, class S, int rows, int vectors>
 void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
                      typename Ar::C* c, bool first) {
   using C = typename Ar::C;
   constexpr int lanes = kLanes<C>;
-  constexpr int64_t kStepBytes = Ar::kDepth * vectors * lanes * sizeof(S), kStepsAhead = 8192 / kStepBytes;
+  constexpr int64_t kStepBytes = Ar::kDepth * vectors * lanes * sizeof(S), kStepsAhead = kAcrossAheadBytes / kStepBytes;
   const C scales[2] = {1, 1};
   for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
     const int64_t end = min(begin + kBlockDepth<Ar>, depth);
@@ -126,20 +121,18 @@ void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_s
 #pragma GCC unroll 16
     for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        C* to = c + row * kTileCols + v * lanes;
-        store<C>(to, first && begin == 0 ? acc[row][v] : load<C>(to) + acc[row][v]);
-      }
+      for (int v = 0; v < vectors; ++v) join_sum<C>(c + row * kTileCols + v * lanes, acc[row][v], first && begin == 0);
   }
 }
 
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few_across(int64_t n, const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols,
                          int64_t depth, typename Ar::C* c, bool first) {
-  constexpr int lanes = kLanes<typename Ar::C>, more = rows < kFewRows / 2 ? 2 * rows : kFewRows;
+  constexpr int lanes = kLanes<typename Ar::C>;
+  // One row has sums to spare; 8 vectors are as long a run of memory as pays.
   constexpr int vectors = rows == 1 ? 8 : kMicroRows * kMicroVectors / rows;
   if constexpr (rows < kFewRows) {
-    if (n > rows) return multiply_few_across<Ar, X, S, more>(n, a, weight, k_stride, cols, depth, c, first);
+    if (n > rows) return multiply_few_across<Ar, X, S, more_rows(rows)>(n, a, weight, k_stride, cols, depth, c, first);
   }
   int64_t col = 0;
   for (; col + vectors * lanes <= cols; col += vectors * lanes)

@@ -7,6 +7,7 @@
 #include "cpu/isa/route_backward.h"
 #include "cpu/isa/table.h"
 #include "cpu/isa/vec.h"
+#include "cpu/isa/weight_grad.h"
 
 #define MOE_STRING(x) #x
 #define MOE_NAME(x) MOE_STRING(x)

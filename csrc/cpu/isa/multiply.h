@@ -29,8 +29,8 @@ template <class S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, bfloat16> && kHasDot, Dot, Fma<Compute<S>>>;
 
 // Sizes of a tile and of the packed blocks. Accumulators: kMicroRows * kMicroVectors registers of the 32 (AVX-512) or
-// 16 there are. A panel of B (kBlockSteps x kPanel) stays in L1 while the rows of an A block pass; the blocks, the tile
-// and the weights asked for ahead stay in L2.
+// 16 there are. A panel of B (kBlockSteps x kPanel) stays in L1 while the rows of an A block pass; two blocks of each
+// operand and the tile, 536 KiB (992 in float64), stay in L2.
 inline constexpr int kMicroRows = MOE_VECTOR_BYTES == 64 ? 12 : MOE_VECTOR_BYTES == 32 ? 6 : 4;
 inline constexpr int kMicroVectors = 2;
 inline constexpr int kBlockSteps = 160;  // Elements along the reduction: 20 KiB of panel and up to 8 KiB of rows
@@ -42,7 +42,7 @@ inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values alon
 // Columns of a panel: a step of it is 128 bytes in every instruction set, so that weights packed under one serve all.
 template <class Ar>
 inline constexpr int kPanel = 128 / sizeof(typename Ar::Element);
-// Columns of weights, or of rows whose transpose is multiplied, that are packed at a time where they lie side by side.
+// Columns packed at a time where they lie side by side: of weights, or of a's rows in the ragged-K product.
 template <class Ar>
 inline constexpr int kAcrossCols = 2 * kPanel<Ar>;
 template <class Ar>
@@ -61,16 +61,11 @@ struct ColumnsOfA {  // ragged-K: A is the transpose of rows that lie contiguous
   static constexpr int kStep = kTileRows;
 };
 
-// Memory that will be packed next: the micro-kernel asks for it line by line while it multiplies, so that packing finds
-// it in L2.
+// Panels that will be multiplied next where they lie (prepacked.h): the micro-kernel asks for a line of each row at a
+// turn, so that they are found in L2.
 struct Ahead {
   const char* begin = nullptr;
   int64_t stride = 0, rows = 0, bytes = 0;  // between rows; how many; of each
-
-  void ask() const {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(begin + row * stride + line, 0, 2);
-  }
 
   // The rows that part i of n asks for.
   MOE_INLINE Ahead part(int64_t i, int64_t n) const {
@@ -79,16 +74,16 @@ struct Ahead {
   }
 };
 
-inline constexpr int kLineSteps = 8;  // steps of the micro-kernel between two lines asked for of each row
+// Steps of a turn. At each the micro-kernel asks for a line of each row of Ahead and, while it multiplies kMicroRows
+// rows, does some pieces of other work: so little at a time costs next to nothing, where the same work between two
+// calls costs its time.
+inline constexpr int kTurnSteps = 8;
 
-// Work in pieces that is done beside the multiply-adds: `each` at a turn, of which the micro-kernel has one in
-// kLineSteps steps while it multiplies kMicroRows rows. So little at a time costs next to nothing, where the same work
-// between two calls costs its time.
-struct Beside {
+// Pieces that are left of such work, and how many a turn does.
+struct Pieces {
   int64_t left = 0, each = 0;
 
-  // Spread over so many turns.
-  static Beside spread(int64_t pieces, int64_t turns) { return {pieces, ceil_div(pieces, turns > 0 ? turns : 1)}; }
+  static Pieces spread(int64_t count, int64_t turns) { return {count, ceil_div(count, turns > 0 ? turns : 1)}; }
 };
 
 template <class Work>
@@ -96,16 +91,22 @@ MOE_INLINE void take_turn(Work& work) {
   for (int64_t i = work.pieces.each; i > 0 && work.pieces.left > 0; --i, --work.pieces.left) work.piece();
 }
 template <class Work>
-void finish(Work& work) {
+void finish_pieces(Work& work) {
   for (; work.pieces.left > 0; --work.pieces.left) work.piece();
+}
+
+// to (+)= a block's sum.
+template <class C>
+MOE_INLINE void join_sum(C* to, Vec<C> sum, bool first) {
+  store<C>(to, first ? sum : load<C>(to) + sum);
 }
 
 // c[rows, kMicroCols] (+)= a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth. A block's sum
 // starts from zero and joins c at the end: the error grows with the block's depth, not with the length of the whole
-// reduction. beside() is called for each turn (see Beside).
-template <class Ar, class Layout, int rows, class F>
+// reduction. At each turn a share of the work `beside` is done.
+template <class Ar, class Layout, int rows, class... Work>
 void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, typename Ar::C* c,
-              bool first, const Ahead& ahead, F& beside) {
+              bool first, const Ahead& ahead, Work&... beside) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
@@ -116,11 +117,11 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
     for (int j = 0; j < kMicroVectors; ++j) acc[i][j] = Vec<C>{};
 
   int64_t line = 0;
-  for (int64_t left = depth; left > 0; left -= kLineSteps, line += 64) {
+  for (int64_t left = depth; left > 0; left -= kTurnSteps, line += 64) {
     if (line < ahead.bytes)
       for (int64_t row = 0; row < ahead.rows; ++row) __builtin_prefetch(ahead.begin + row * ahead.stride + line, 0, 2);
-    beside();
-    const int64_t steps = left < kLineSteps ? left : kLineSteps;
+    (take_turn(beside), ...);
+    const int64_t steps = left < kTurnSteps ? left : kTurnSteps;
     for (int64_t k = 0; k < steps; ++k) {
       Vec<Element> panel[kMicroVectors];
 #pragma GCC unroll 4
@@ -140,39 +141,30 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kMicroVectors; ++j) {
-      C* to = c + i * kTileCols + j * lanes;
-      store<C>(to, first ? acc[i][j] : load<C>(to) + acc[i][j]);
+      join_sum<C>(c + i * kTileCols + j * lanes, acc[i][j], first);
     }
 }
 
-struct Nothing {
-  MOE_INLINE void operator()() const {}
-};
-inline constexpr Nothing kNothing;
-
-// Any number of rows up to kMicroRows.
-template <class Ar, class Layout, class F, int rows = kMicroRows>
+// Any number of rows up to kMicroRows. Fewer have no turns, so that the work beside is compiled into one multiply only.
+template <class Ar, class Layout, int rows = kMicroRows, class... Work>
 MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth,
-                              typename Ar::C* c, bool first, const Ahead& ahead, F& beside) {
-  if constexpr (rows == 0) {
-    return;
-  } else if (n == rows) {
-    if constexpr (rows == kMicroRows) multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead, beside);
-    else multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead, kNothing);
-  } else {
-    multiply_rows<Ar, Layout, F, rows - 1>(n, a, b, depth, c, first, ahead, beside);
-  }
+                              typename Ar::C* c, bool first, const Ahead& ahead, Work&... beside) {
+  if constexpr (rows == 0) return;
+  else if (n != rows) multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, c, first, ahead, beside...);
+  else if constexpr (rows == kMicroRows) multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead, beside...);
+  else multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead);
 }
 
+// Turns of a block's product: rows that do not fill kMicroRows have none.
 template <class Ar>
 int64_t turns_of_block(int64_t rows, int64_t cols, int64_t depth) {
-  return rows / kMicroRows * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kLineSteps);
+  return rows / kMicroRows * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kTurnSteps);
 }
 
 // c[rows, cols] (+)= A block . B block, where B is packed in panels.
-template <class Ar, class Layout, class F = const Nothing>
+template <class Ar, class Layout, class... Work>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
-                    int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead = {}, F& beside = kNothing) {
+                    int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead, Work&... beside) {
   const int64_t row_steps = ceil_div(rows, kMicroRows), calls = row_steps * ceil_div(cols, kMicroCols<Ar>);
   int64_t call = 0;
   for (int64_t col = 0; col < cols; col += kMicroCols<Ar>) {
@@ -180,7 +172,7 @@ void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b
     for (int64_t row = 0; row < rows; row += kMicroRows, ++call)
       multiply_rows<Ar, Layout>(min(rows - row, kMicroRows), a + row * Layout::kRowStride,
                                 b + (col - in_panel) * depth + in_panel, depth, c + row * kTileCols + col, first,
-                                ahead.part(call, calls), beside);
+                                ahead.part(call, calls), beside...);
   }
 }
 

@@ -103,17 +103,19 @@ MOE_INLINE void pack_across(const S* const* rows, const typename Ar::C* scale, b
 
 // Rows that are packed across the reduction: those of weights whose unit stride runs along N, or of an operand of the
 // ragged-K product.
-template <class S, class C>
+template <class S>
 struct StridedRows {
+  using Value = S;
   const S* data;
   int64_t stride;
   static constexpr bool scaled = false;
 
   const S* at(int64_t k) const { return data + k * stride; }
-  C scale_at(int64_t) const { return 1; }
+  int scale_at(int64_t) const { return 1; }
 };
 template <class S, class C>
 struct FoundRows {
+  using Value = S;
   const S* const* rows;
   const C* scale;
   bool scaled;
@@ -124,14 +126,15 @@ struct FoundRows {
 };
 
 // The first `cols` columns of rows [depth], from first_step on.
-template <class Ar, class X, int panel, class S, class C, template <class, class> class Rows>
-void pack_steps(const Rows<S, C>& rows, int64_t depth, int64_t cols, typename Ar::Element* to, int64_t first_step = 0) {
+template <class Ar, class X, int panel, class Rows>
+void pack_steps(const Rows& rows, int64_t depth, int64_t cols, typename Ar::Element* to, int64_t first_step = 0) {
+  using C = typename Ar::C;
   const int64_t steps = ceil_div(depth, Ar::kDepth);
   for (int64_t step = first_step; step < steps; ++step) {
     const int64_t k = step * Ar::kDepth;
     const bool second = Ar::kDepth == 2 && k + 1 < depth;
-    const S* from[2] = {rows.at(k), second ? rows.at(k + 1) : nullptr};
-    const C scales[2] = {rows.scale_at(k), second ? rows.scale_at(k + 1) : 0};
+    const typename Rows::Value* from[2] = {rows.at(k), second ? rows.at(k + 1) : nullptr};
+    const C scales[2] = {C(rows.scale_at(k)), second ? C(rows.scale_at(k + 1)) : C(0)};
     pack_across<Ar, X, panel>(from, scales, rows.scaled, cols, step, steps, to);
   }
 }
@@ -177,7 +180,7 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
       }
     }
   } else if (n_stride == 1) {
-    pack_steps<Ar, X, panel>(StridedRows<S, C>{weight, k_stride}, depth, cols, to, first_step);
+    pack_steps<Ar, X, panel>(StridedRows<S>{weight, k_stride}, depth, cols, to, first_step);
   } else {
     const C scales[2] = {1, 1};
     S gathered[2][kAcrossCols<Ar>];

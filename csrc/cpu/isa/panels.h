@@ -57,8 +57,7 @@ void multiply_panels(const typename Ar::Element* a, const Stream<Ar>* all, int64
     for (int s = 0; s < streams; ++s)
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
-        C* to = all[s].to + i * kTileCols + j * lanes;
-        store<C>(to, first ? acc[i][s][j] : load<C>(to) + acc[i][s][j]);
+        join_sum<C>(all[s].to + i * kTileCols + j * lanes, acc[i][s][j], first);
       }
 }
 

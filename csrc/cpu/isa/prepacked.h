@@ -44,10 +44,9 @@ int64_t before_ups(const TileWeights<X>& w) {
 template <class Ar, class X>
 PackedPanels<X> panels_of(const TileWeights<X>& w) {
   PackedPanels<X> panels;
-  const bool interleaved = w.gated && w.at.step == 2;
-  add_panels<Ar>(w, w.at.gate, interleaved ? 2 * w.cols : w.cols, 0, panels);
+  add_panels<Ar>(w, w.at.gate, w.interleaved() ? 2 * w.cols : w.cols, 0, panels);
   const int64_t before = before_ups<Ar>(w);
-  if (w.gated && !interleaved) add_panels<Ar>(w, w.at.up - before, w.cols + before, kTileCols / 2, panels);
+  if (w.gated && !w.interleaved()) add_panels<Ar>(w, w.at.up - before, w.cols + before, kTileCols / 2, panels);
   return panels;
 }
 
@@ -126,11 +125,11 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
   const int64_t block_rows = ceil_div(a.count, kMicroRows) * kMicroRows,
                 block_size = block_rows * RowsOfA<Ar>::kRowStride;
   const int64_t packed_depth = kTileRows / block_rows * kBlockDepth<Ar>;
-  const bool whole = packed_depth >= w.depth;
+  const bool at_once = packed_depth >= w.depth;
   const int64_t full_depth = depth_of_panel(w);
-  // Bytes cut in as many runs as the micro-kernel takes lines at a time in `steps`.
+  // Memory as rows of one line for each turn, since of each row a line is asked for at a turn.
   const auto ahead = [](const X* from, int64_t depth, int64_t steps) -> Ahead {
-    const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kLineSteps) * 64;
+    const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kTurnSteps) * 64;
     return {reinterpret_cast<const char*>(from), run, ceil_div(bytes, run), run};
   };
   pack_row_blocks<Ar>(a, 0, min(packed_depth, w.depth), blocks.a[0], block_size);
@@ -141,7 +140,6 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
         multiply_side_by_side<Ar>(panels, begin, end, a.count, blocks.a[which], block_size, blocks.tile);
     const int64_t turns = (panels.count - done) * turns_of_block<Ar>(a.count, kPanel<Ar>, (end - begin) / Ar::kDepth);
     RowsBeside<Ar, X> rows(a, end, next_end, blocks.a[which ^ 1], block_size, turns);
-    auto beside = [&]() __attribute__((always_inline)) { take_turn(rows); };
     for (int64_t i = done; i < panels.count; ++i) {
       const auto& panel = panels.panels[i];
       const typename Ar::Element* block = blocks.a[which];
@@ -151,18 +149,15 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
         Ahead wanted{};
         if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth, steps);
         else if (i + 1 < panels.count && depth)
-          wanted = ahead(panels.panels[i + 1].data + (whole ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
+          wanted = ahead(panels.panels[i + 1].data + (at_once ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b[0]),
-                                        a.count, panel.cols, steps, blocks.tile + panel.tile_col, k == 0, wanted,
-                                        beside);
+                                        a.count, panel.cols, steps, blocks.tile + panel.tile_col, k == 0, wanted, rows);
       }
     }
-    finish(rows);
-    pack_row_blocks<Ar>(a, end, next_end, blocks.a[which ^ 1], block_size, rows.whole);
+    rows.finish();
   }
-  const bool interleaved = w.gated && w.at.step == 2;
   const int64_t before = before_ups<Ar>(w);
-  if (interleaved || before) part_gates_from_ups(interleaved, before, a.count, w.cols, blocks.tile);
+  if (w.interleaved() || before) part_gates_from_ups(w.interleaved(), before, a.count, w.cols, blocks.tile);
 }
 
 }  // namespace moe::MOE_ISA

@@ -29,7 +29,8 @@ struct Kernels {
   // the tile's share of grad_score.
   void (*grouped_gemm)(const GroupedGemmParams&, int64_t expert, int64_t row_begin, int64_t row_end, int64_t col_begin,
                        int64_t col_end, void* partial_score, int64_t score_stride);
-  // Of an expert's [N, K] gradient a tile's rows, columns k_begin..k_end.
+  // Of an expert's [N, K] gradient a tile's rows from n_begin on, columns k_begin..k_end, where k_begin is a tile's
+  // first.
   void (*grouped_gemm_weight_grad)(const WeightGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
                                    int64_t n_begin, int64_t k_begin, int64_t k_end);
   // Columns col_begin..col_end of an expert's bias gradient.

@@ -1,4 +1,4 @@
-// What a tile of the ragged-M product multiplies, and the memory it works in.
+// What a tile of the ragged-M product multiplies, and the memory in which tiles of both products are computed.
 #pragma once
 
 #include "cpu/isa/epilogue.h"
@@ -11,7 +11,7 @@ template <class Ar>
 struct Blocks {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
-  // Of each operand one block is packed while the other is multiplied.
+  // Two of each operand: one is multiplied while the other is packed.
   alignas(64) Element a[2][kTileRows * RowsOfA<Ar>::kRowStride];
   alignas(64) Element b[2][kAcrossCols<Ar> * kBlockSteps];
   alignas(64) C tile[kTileRows * kTileCols];
@@ -40,6 +40,7 @@ struct TileWeights {
 
   const W* run(int64_t half) const { return data + (half ? at.up : at.gate) * n_stride; }
   int64_t col_stride() const { return at.step * n_stride; }
+  bool interleaved() const { return gated && at.step == 2; }
 };
 
 }  // namespace moe::MOE_ISA

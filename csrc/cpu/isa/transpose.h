@@ -37,7 +37,7 @@ MOE_INLINE void transpose(Vec<E>* rows) {
   }
 }
 
-// As many rows as a unit of 16 bytes holds values: rows[i] becomes value i of every unit, one of each row.
+// As many rows as 16 bytes hold values: unit u of rows[i] becomes value i of unit u of every row.
 template <class E>
 MOE_INLINE void transpose_units(Vec<E>* rows) {
   constexpr int unit = 16 / int(sizeof(E));
