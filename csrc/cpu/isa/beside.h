@@ -42,7 +42,9 @@ struct RowsBeside {
         whole((end - begin) / kValues * kValues),
         to(to),
         block_size(block_size),
-        pieces(Pieces::spread(a.count * (whole / kValues), turns)) {}
+        pieces(Pieces::spread(a.count * (whole / kValues), turns)) {
+    if (pieces.left == 0) whole = 0;
+  }
 
   MOE_INLINE void piece() {
     __builtin_prefetch(a->rows[min(row + 1, a->count - 1)] + begin + k, 0, 2);
@@ -79,11 +81,13 @@ struct PanelBeside {
         n_stride(n_stride),
         whole(cols == kPanel<Ar> ? depth / (kSteps * Ar::kDepth) * kSteps : 0),
         to(to),
-        pieces(Pieces::spread(kPanel<Ar> / kRows * (whole / kSteps), turns)) {}
+        pieces(Pieces::spread(kPanel<Ar> / kRows * (whole / kSteps), turns)) {
+    if (pieces.left == 0) whole = 0;
+  }
 
   MOE_INLINE void piece() {
     const S* from = weight + col * n_stride + step * Ar::kDepth;
-    const S* later = col + kRows < kPanel<Ar> ? from + kRows * n_stride : behind + step * Ar::kDepth;
+    const S* later = behind + col * n_stride + step * Ar::kDepth;
     Vec<typename Ar::Element> rows[kRows];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
@@ -122,9 +126,11 @@ struct AcrossBeside {
         cols(cols),
         steps(ceil_div(depth, Ar::kDepth)),
         whole(contiguous && cols % kPanel<Ar> == 0 ? depth / Ar::kDepth : 0),
-        ahead(min(whole, 8)),
         to(to),
-        pieces(Pieces::spread(cols / kLanes<C> * whole, turns)) {}
+        pieces(Pieces::spread(cols / kLanes<C> * whole, turns)) {
+    if (pieces.left == 0) whole = 0;
+    ahead = min(whole, 8);
+  }
 
   MOE_INLINE void piece() {
     const int64_t k = step * Ar::kDepth, second = k + Ar::kDepth - 1;

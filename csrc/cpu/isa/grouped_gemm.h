@@ -28,11 +28,11 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
 }
 
 // The weights of a tile in chunks, columns within a block along K: a panel where their unit stride runs along K,
-// otherwise kAcrossCols, so that rows are read in longer runs.
+// otherwise two, so that rows are read in longer runs. Where too few rows are multiplied for packing to hide in it,
+// such a chunk is as wide as the tile, in one buffer.
 template <bool along, class Ar, class X, class W>
 struct WeightChunks {
   using Packing = std::conditional_t<along, PanelBeside<Ar, X, W>, AcrossBeside<Ar, X, StridedRows<W>>>;
-  static constexpr int64_t kCols = along ? kPanel<Ar> : kAcrossCols<Ar>;
   struct Chunk {
     const W* weights = nullptr;
     int64_t k = 0, depth = 0, cols = 0, tile_col = 0;
@@ -40,15 +40,24 @@ struct WeightChunks {
   };
 
   const TileWeights<W>& w;
-  int64_t per_half = ceil_div(w.cols, kCols), per_block = w.gated ? 2 * per_half : per_half;
+  int64_t rows;  // that are multiplied
+  bool wide = !along && rows < 8 * kMicroRows;
+  int64_t cols = along ? kPanel<Ar> : wide ? kTileCols : 2 * kPanel<Ar>;
+  int64_t per_half = ceil_div(w.cols, cols), per_block = w.gated ? 2 * per_half : per_half;
   int64_t count = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;
 
   // Behind the last one comes an empty one.
   Chunk at(int64_t i) const {
     if (i >= count) return {};
-    const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half, col = i % per_half * kCols;
+    const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half, col = i % per_half * cols;
     return {w.run(half) + col * w.col_stride() + k * w.k_stride, k, min(w.depth - k, kBlockDepth<Ar>),
-            min(w.cols - col, kCols), half * kTileCols / 2 + col};
+            min(w.cols - col, cols), half * kTileCols / 2 + col};
+  }
+  Ahead ahead(const Chunk& c) const {
+    constexpr int64_t size = sizeof(W);
+    const auto* begin = reinterpret_cast<const char*>(c.weights);
+    return along ? Ahead{begin, w.col_stride() * size, c.cols, c.depth * size}
+                 : Ahead{begin, w.k_stride * size, c.depth, c.cols * size};
   }
   void ask_for(const Chunk& c) const {
     for (int64_t i = 0; i < (along ? c.cols : c.depth); ++i)
@@ -68,9 +77,10 @@ struct WeightChunks {
 // behind it is asked for.
 template <bool along, class Ar, class X, class W>
 void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  const WeightChunks<along, Ar, X, W> chunks{w};
+  const WeightChunks<along, Ar, X, W> chunks{w, a.count};
   auto c = chunks.at(0);
   chunks.ask_for(c);  // comes while the rows are packed
+  if (along) chunks.ask_for(chunks.at(1));
   pack_row_blocks<Ar>(a, 0, c.depth, blocks.a[0], 0);
   chunks.pack(c, blocks.b[0], 0);
   RowsBeside<Ar, X> rows;
@@ -78,12 +88,12 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
     const int64_t block = i / chunks.per_block, in_block = i % chunks.per_block, end = c.k + c.depth;
     const int64_t turns = turns_of_block<Ar>(a.count, c.cols, c.steps());
     const auto next = chunks.at(i + 1);
-    auto* const next_b = blocks.b[(i + 1) % 2];
+    auto *const b = blocks.b[chunks.wide ? 0 : i % 2], *const next_b = blocks.b[chunks.wide ? 0 : (i + 1) % 2];
     auto weights = chunks.beside(next, chunks.at(min(i + 2, chunks.count - 1)), next_b, turns);
     if (in_block == 0)
       rows = {a, end, min(end + kBlockDepth<Ar>, w.depth), blocks.a[(block + 1) % 2], 0, turns * chunks.per_block};
-    multiply_block<Ar, RowsOfA<Ar>>(blocks.a[block % 2], blocks.b[i % 2], a.count, c.cols, c.steps(),
-                                    blocks.tile + c.tile_col, c.k == 0, {}, weights, rows);
+    multiply_block<Ar, RowsOfA<Ar>>(blocks.a[block % 2], b, a.count, c.cols, c.steps(), blocks.tile + c.tile_col,
+                                    c.k == 0, weights.whole ? Ahead{} : chunks.ahead(next), weights, rows);
     finish_pieces(weights);
     chunks.pack(next, next_b, weights.whole);
     if (in_block == chunks.per_block - 1) rows.finish();

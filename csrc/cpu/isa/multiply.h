@@ -30,7 +30,7 @@ using Arithmetic = std::conditional_t<std::is_same_v<S, bfloat16> && kHasDot, Do
 
 // Sizes of a tile and of the packed blocks. Accumulators: kMicroRows * kMicroVectors registers of the 32 (AVX-512) or
 // 16 there are. A panel of B (kBlockSteps x kPanel) stays in L1 while the rows of an A block pass; two blocks of each
-// operand and the tile, 536 KiB (992 in float64), stay in L2.
+// operand and the tile stay in L2.
 inline constexpr int kMicroRows = MOE_VECTOR_BYTES == 64 ? 12 : MOE_VECTOR_BYTES == 32 ? 6 : 4;
 inline constexpr int kMicroVectors = 2;
 inline constexpr int kBlockSteps = 160;  // Elements along the reduction: 20 KiB of panel and up to 8 KiB of rows
@@ -42,9 +42,6 @@ inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values alon
 // Columns of a panel: a step of it is 128 bytes in every instruction set, so that weights packed under one serve all.
 template <class Ar>
 inline constexpr int kPanel = 128 / sizeof(typename Ar::Element);
-// Columns packed at a time where they lie side by side: of weights, or of a's rows in the ragged-K product.
-template <class Ar>
-inline constexpr int kAcrossCols = 2 * kPanel<Ar>;
 template <class Ar>
 inline constexpr int kMicroCols = kMicroVectors * kLanes<typename Ar::C>;  // columns that are multiplied at a time
 
@@ -83,7 +80,11 @@ inline constexpr int kTurnSteps = 8;
 struct Pieces {
   int64_t left = 0, each = 0;
 
-  static Pieces spread(int64_t count, int64_t turns) { return {count, ceil_div(count, turns > 0 ? turns : 1)}; }
+  // None where a turn would have to do so many that all at once is faster.
+  static Pieces spread(int64_t count, int64_t turns) {
+    constexpr int64_t kMost = 2;
+    return count <= kMost * turns ? Pieces{count, ceil_div(count, turns > 0 ? turns : 1)} : Pieces{};
+  }
 };
 
 template <class Work>

@@ -183,7 +183,7 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
     pack_steps<Ar, X, panel>(StridedRows<S>{weight, k_stride}, depth, cols, to, first_step);
   } else {
     const C scales[2] = {1, 1};
-    S gathered[2][kAcrossCols<Ar>];
+    S gathered[2][kTileCols];
     for (int64_t step = first_step; step < steps; ++step) {
       const int64_t k = step * Ar::kDepth, count = min(depth - k, Ar::kDepth);
       for (int64_t half = 0; half < count; ++half)

@@ -11,9 +11,9 @@ template <class Ar>
 struct Blocks {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
-  // Two of each operand: one is multiplied while the other is packed.
+  // Two of each operand: one is multiplied while the other is packed. Both of B together hold a tile's columns.
   alignas(64) Element a[2][kTileRows * RowsOfA<Ar>::kRowStride];
-  alignas(64) Element b[2][kAcrossCols<Ar> * kBlockSteps];
+  alignas(64) Element b[2][kTileCols / 2 * kBlockSteps];
   alignas(64) C tile[kTileRows * kTileCols];
 
   static Blocks& of_thread() { return *static_cast<Blocks*>(scratch(sizeof(Blocks))); }

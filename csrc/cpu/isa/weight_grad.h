@@ -12,26 +12,31 @@ struct GradientBeside {
   static constexpr int kCols = kLanes<C> * int(sizeof(S)) < kLine ? kLine / int(sizeof(S)) : kLanes<C>;
 
   const C* values;
-  int64_t cols;
+  int64_t rows, cols;
   S* out;
   int64_t stride;
   bool accumulate, streamed;
   Pieces pieces;
   int64_t row = 0, col = 0;
 
+  MOE_INLINE void store_vector_at(S* to, const C* from, int64_t n) const {
+    const auto value = load<C>(from);
+    if (accumulate) store<C>(to, load<C>(to, n) + value, n);
+    else if (streamed) stream_vector(to, from_compute<S, C>(value));
+    else store<C>(to, value, n);
+  }
   MOE_INLINE void piece() {
 #pragma GCC unroll 16
-    for (int i = 0; i < kCols; i += kLanes<C>) {
-      const int64_t n = cols - col - i;
-      if (n <= 0) break;
-      S* const to = out + row * stride + col + i;
-      const auto value = load<C>(values + row * kTileCols + col + i);
-      if (accumulate) store<C>(to, load<C>(to, n) + value, n);
-      else if (streamed) stream_vector(to, from_compute<S, C>(value));
-      else store<C>(to, value, n);
-    }
+    for (int at = 0; at < kCols && col + at < cols; at += kLanes<C>)
+      store_vector_at(out + row * stride + col + at, values + row * kTileCols + col + at, cols - col - at);
     col += kCols;
     if (col >= cols) col = 0, ++row;
+  }
+  void finish() {
+    for (; row < rows; ++row, col = 0)
+      for (; col < cols; col += kLanes<C>)
+        store_vector_at(out + row * stride + col, values + row * kTileCols + col, cols - col);
+    pieces.left = 0;
   }
 };
 
@@ -46,7 +51,8 @@ struct BlockOfRows {
   FoundRows<X, typename Ar::C> from(int64_t col) const { return {rows, scale, bool(operand.scale), col}; }
 };
 
-// Of each tile, of each block of the expert's rows: kAcrossCols of a's columns.
+// Of each tile, of each block of the expert's rows: two panels of a's columns; or all of the tile's, in one buffer,
+// where too few rows are multiplied for packing and storing to hide in it.
 template <class Ar>
 struct GradientChunks {
   struct Chunk {
@@ -54,12 +60,14 @@ struct GradientChunks {
     int64_t steps() const { return ceil_div(depth, Ar::kDepth); }
   };
   int64_t row_begin, row_end, k_end;
+  bool wide = row_end - row_begin < 96;
 
   int64_t tile_end(int64_t tile) const { return min(tile + kTileCols, k_end); }
   // Behind the last tile they are empty.
   Chunk at(int64_t tile, int64_t row, int64_t col) const {
     if (tile >= k_end) return {tile, row, col, 0, 0};
-    return {tile, row, col, min(row_end - row, kBlockDepth<Ar>), min(tile_end(tile) - col, kAcrossCols<Ar>)};
+    return {tile, row, col, min(row_end - row, kBlockDepth<Ar>),
+            min(tile_end(tile) - col, wide ? kTileCols : 2 * kPanel<Ar>)};
   }
   Chunk after(const Chunk& c) const {
     if (c.col + c.cols < tile_end(c.tile)) return at(c.tile, c.row, c.col + c.cols);
@@ -96,28 +104,30 @@ void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_be
     }
     const auto next = chunks.after(c);
     if (next.row != c.row) a.find(next.row, next.depth);
-    auto* const next_b = blocks.b[(i + 1) % 2];
-    const int64_t turns = turns_of_block<Ar>(n, c.cols, c.steps());
+    auto *const b = blocks.b[chunks.wide ? 0 : i % 2], *const next_b = blocks.b[chunks.wide ? 0 : (i + 1) % 2];
+    const int64_t turns = chunks.wide ? 0 : turns_of_block<Ar>(n, c.cols, c.steps());
     AcrossBeside<Ar, X, FoundRows<X, C>> packing(a.from(next.col), a.from(next.col + next.cols), next.cols, next.depth,
                                                  next_b, turns);
-    gradient.pieces = Pieces::spread(gradient.pieces.left, turns);
+    gradient.pieces.each = Pieces::spread(gradient.pieces.left, turns).each;
     C* const values = blocks.tile + (c.col - c.tile);
-    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a[0], blocks.b[i % 2], n, c.cols, c.steps(), values, c.row == row_begin,
-                                       {}, packing, gradient);
+    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a[0], b, n, c.cols, c.steps(), values, c.row == row_begin, {}, packing,
+                                       gradient);
     finish_pieces(packing);
-    finish_pieces(gradient);
+    gradient.finish();
     pack_steps<Ar, X, kPanel<Ar>>(a.from(next.col), next.depth, next.cols, next_b, packing.whole);
     if (c.row + c.depth >= row_end)
       gradient = {.values = values,
+                  .rows = n,
                   .cols = c.cols,
                   .out = static_cast<S*>(p.out) + (expert * p.n + n_begin) * p.k + c.col,
                   .stride = p.k,
                   .accumulate = p.accumulate,
                   .streamed = streamed,
                   .pieces = {n * ceil_div(c.cols, gradient.kCols)}};
+    if (chunks.wide) gradient.finish();  // the next tile stands in its place
     c = next;
   }
-  finish_pieces(gradient);
+  gradient.finish();
   if (streamed) end_of_stream();
 }
 
