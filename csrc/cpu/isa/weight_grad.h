@@ -26,7 +26,6 @@ struct GradientBeside {
     else store<C>(to, value, n);
   }
   MOE_INLINE void piece() {
-#pragma GCC unroll 16
     for (int at = 0; at < kCols && col + at < cols; at += kLanes<C>)
       store_vector_at(out + row * stride + col + at, values + row * kTileCols + col + at, cols - col - at);
     col += kCols;
