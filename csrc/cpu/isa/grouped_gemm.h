@@ -89,7 +89,7 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
     const int64_t turns = turns_of_block<Ar>(a.count, c.cols, c.steps());
     const auto next = chunks.at(i + 1);
     auto *const b = blocks.b[chunks.wide ? 0 : i % 2], *const next_b = blocks.b[chunks.wide ? 0 : (i + 1) % 2];
-    auto weights = chunks.beside(next, chunks.at(min(i + 2, chunks.count - 1)), next_b, turns);
+    auto weights = chunks.beside(next, chunks.at(min(i + 2, chunks.count - 1)), next_b, chunks.wide ? 0 : turns);
     if (in_block == 0)
       rows = {a, end, min(end + kBlockDepth<Ar>, w.depth), blocks.a[(block + 1) % 2], 0, turns * chunks.per_block};
     multiply_block<Ar, RowsOfA<Ar>>(blocks.a[block % 2], b, a.count, c.cols, c.steps(), blocks.tile + c.tile_col,
