@@ -221,6 +221,7 @@ def test_what_lies_behind_the_weights_is_not_multiplied(k, across, dtype, device
         assert alone.isfinite().all()
 
 
+@pytest.mark.float64
 def test_a_gradient_wider_than_its_operands(device, instruction_set):
     """float64 of float32 rows, more than is kept in a cache, in rows that are no whole vectors of float32."""
     counts, n, k = [3, 0, 170, 40], 4000, 72
