@@ -51,7 +51,6 @@ def bench_combine(report: Report, s: Shape, dtype: torch.dtype) -> None:
         exact=by_slot,
         work=roofline.combine(s, dtype.itemsize),
         backward_work=roofline.combine_backward(s, dtype.itemsize),
-        beside_its_roof=True,
     )
 
 

@@ -42,7 +42,6 @@ def bench_permute(report: Report, s: Shape, dtype: torch.dtype) -> None:
         exact=index,
         work=roofline.permute(s, dtype.itemsize),
         backward_work=roofline.permute_backward(s, dtype.itemsize),
-        beside_its_roof=True,
     )
 
 

@@ -105,7 +105,6 @@ def time_both_passes(
     exact: Callable[..., Tensor],
     work: Work,
     backward_work: Work,
-    beside_its_roof: bool = False,
     missing: dict[str, str] | None = None,
 ) -> None:
     """Two tables of functions of one set of operands, checked against `exact`, which computes in float64."""
@@ -126,7 +125,6 @@ def time_both_passes(
                 return relative_error(results, expected)
 
             table.append(Variant(variant, run, check, total))
-        if beside_its_roof:
-            table += roof_in_turn(report, works, dtype, len(sets))
+        table += roof_in_turn(report, works, dtype, len(sets))
         title = f"{name} forward+backward" if train else f"{name} forward"
         report.table(title, shape, dtype, table, sets=len(sets), missing=missing)

@@ -11,6 +11,7 @@ import moe_ops
 from accuracy import assert_as_accurate, assert_bitwise_equal, compare, place, run
 from calls import GEMM, gathered, product
 from cases import (
+    DEVICE,
     DTYPES,
     LOW,
     NAN,
@@ -202,35 +203,59 @@ def test_nan_stays_where_it_belongs(device, instruction_set):
     assert w_.grad[0].isnan().sum() == 18 and w_.grad[0][:, 5].isnan().all()
 
 
-@pytest.mark.parametrize("k", [31, 33, 63, 351])
+@pytest.mark.parametrize("n, k", [(64, 31), (64, 33), (200, 63), (64, 351), (200, 351)])
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_lies_behind_the_weights_is_not_multiplied(k, across, dtype, device, instruction_set):
-    whole = (
-        integers(2, k + 1, 64, dtype=dtype, limit=1).transpose(1, 2) if across else integers(2, 64, k + 1, dtype=dtype)
-    )
+def test_what_lies_behind_the_weights_is_not_multiplied(n, k, across, dtype, device, instruction_set):
+    whole = integers(2, n, k + 1, dtype=dtype, limit=1)
     whole[:, :, k] = NAN
+    if across:
+        whole = whole.transpose(1, 2).contiguous().transpose(1, 2)
     weights = [whole] if dtype == torch.float64 else [whole, whole.float()]
-    for w, count in itertools.product(weights, (1, 12, 13, 40)):
-        a, offsets = (
-            place(integers(2 * count, k, dtype=dtype, seed=1, limit=1), device),
-            place(offsets_of([count] * 2), device),
+    for w, count in itertools.product(weights, (1, 12, 13, 40, 100, 200)):
+        a = integers(2 * count, k, dtype=dtype, seed=1, limit=1)
+        exact = torch.cat([rows @ e.T for rows, e in zip(a.double().split(count), w.double()[:, :, :k], strict=True)])
+        ours = moe_ops.grouped_gemm(
+            place(a, device), place(w, device)[:, :, :k], place(offsets_of([count] * 2), device)
         )
-        alone = moe_ops.grouped_gemm(a, place(w[:, :, :k].contiguous(), device), offsets)
-        assert_bitwise_equal(moe_ops.grouped_gemm(a, place(w, device)[:, :, :k], offsets), alone, f"{count} rows")
-        assert alone.isfinite().all()
+        assert_bitwise_equal(ours, exact.to(dtype), f"{count} rows")
 
 
-@pytest.mark.float64
-def test_a_gradient_wider_than_its_operands(device, instruction_set):
-    """float64 of float32 rows, more than is kept in a cache, in rows that are no whole vectors of float32."""
-    counts, n, k = [3, 0, 170, 40], 4000, 72
-    grad, a = integers(sum(counts), n, limit=1), integers(sum(counts), k, seed=1, limit=1)
-    offsets = offsets_of(counts)
+def weight_gradient(device, counts, n, k, dtype, out):
+    """Ours, added to, and exact: sums of integers."""
+    grad, a = integers(sum(counts), n, dtype=dtype, limit=1), integers(sum(counts), k, dtype=dtype, seed=1, limit=1)
     parts = zip(grad.double().split(counts), a.double().split(counts), strict=True)
-    expected = torch.stack([left.T @ right for left, right in parts])
-    operands = (place(grad, device), place(a, device), place(offsets, device), None, 1, torch.float64, False)
-    assert_bitwise_equal(torch.ops.moe_ops.grouped_gemm_weight_grad(*operands), expected)
+    exact = torch.stack([left.T @ right for left, right in parts])
+    grad, a, offsets = place(grad, device), place(a, device), place(offsets_of(counts), device)
+    ours = torch.ops.moe_ops.grouped_gemm_weight_grad(grad, a, offsets, None, 1, out, False)
+    if out != torch.float32:
+        return ours, None, exact.to(out)
+    added = torch.ones_like(ours)
+    torch.ops.moe_ops.grouped_gemm_weight_grad_(added, grad, a, offsets, None, 1, False)
+    return ours, added, exact.to(out)
+
+
+OUTPUTS = [*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.float32) for dtype in LOW)]
+
+
+@pytest.mark.parametrize("dtype, out", OUTPUTS)
+@pytest.mark.parametrize("n, k", [(200, 330), (7, 64), (193, 257)])
+def test_weight_gradients_of_any_number_of_rows(n, k, dtype, out, device, instruction_set):
+    ours, added, exact = weight_gradient(device, [13, 95, 0, 96, 97, 700, 1], n, k, dtype, out)
+    assert_bitwise_equal(ours, exact)
+    if added is not None:
+        assert_bitwise_equal(added, exact + 1, "added to ones")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="large, for what the CPU does with large outputs")
+@pytest.mark.parametrize("dtype, out", [*OUTPUTS, (torch.float32, torch.float64)])
+@pytest.mark.parametrize("k", [1056, 72])
+def test_large_weight_gradients(k, dtype, out, device, instruction_set):
+    """More than is kept in a cache, in whole lines or not, each element in its place."""
+    n = 8_000_000 // (3 * k) + 5
+    ours, _, exact = weight_gradient(device, [30, 0, 170], n, k, dtype, out)
+    assert ours.nbytes > 8 << 20
+    assert_bitwise_equal(ours, exact)
 
 
 @pytest.mark.parametrize("k", [200, 9000])

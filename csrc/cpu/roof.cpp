@@ -1,7 +1,6 @@
 // Measures the machine's roofs on torch's threads, all of them at once; multiply_adds and InOrder are work for others
-// to time. Each thread times short pieces of its own work,
-// so that on a busy machine most pieces are not interrupted and the figures are those of the machine and not of its
-// load.
+// to time. Each thread times short pieces of its own work, so that on a busy machine most pieces are not interrupted
+// and the figures are those of the machine and not of its load.
 #include "cpu/roof.h"
 
 #include <torch/csrc/stable/ops.h>

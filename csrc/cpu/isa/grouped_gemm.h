@@ -41,7 +41,7 @@ struct WeightChunks {
 
   const TileWeights<W>& w;
   int64_t rows;  // that are multiplied
-  bool wide = !along && rows < 8 * kMicroRows;
+  bool wide = !along && rows * kMostPieces < kMicroRows * kMicroVectors * kTurnSteps;
   int64_t cols = along ? kPanel<Ar> : wide ? kTileCols : 2 * kPanel<Ar>;
   int64_t per_half = ceil_div(w.cols, cols), per_block = w.gated ? 2 * per_half : per_half;
   int64_t count = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;

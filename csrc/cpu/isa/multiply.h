@@ -58,8 +58,8 @@ struct ColumnsOfA {  // ragged-K: A is the transpose of rows that lie contiguous
   static constexpr int kStep = kTileRows;
 };
 
-// Panels that will be multiplied next where they lie (prepacked.h): the micro-kernel asks for a line of each row at a
-// turn, so that they are found in L2.
+// Weights that will be packed at once, or multiplied where they lie (prepacked.h), next: the micro-kernel asks for a
+// line of each row at a turn, so that they are found in L2.
 struct Ahead {
   const char* begin = nullptr;
   int64_t stride = 0, rows = 0, bytes = 0;  // between rows; how many; of each
@@ -75,15 +75,14 @@ struct Ahead {
 // rows, does some pieces of other work: so little at a time costs next to nothing, where the same work between two
 // calls costs its time.
 inline constexpr int kTurnSteps = 8;
+inline constexpr int kMostPieces = 2;  // of a kind of work at a turn: all at once is faster than more
 
-// Pieces that are left of such work, and how many a turn does.
+// Pieces that are left of such work, and how many a turn does: none where it would have to do too many.
 struct Pieces {
   int64_t left = 0, each = 0;
 
-  // None where a turn would have to do so many that all at once is faster.
   static Pieces spread(int64_t count, int64_t turns) {
-    constexpr int64_t kMost = 2;
-    return count <= kMost * turns ? Pieces{count, ceil_div(count, turns > 0 ? turns : 1)} : Pieces{};
+    return count <= kMostPieces * turns ? Pieces{count, ceil_div(count, turns > 0 ? turns : 1)} : Pieces{};
   }
 };
 

@@ -56,9 +56,7 @@ void multiply_panels(const typename Ar::Element* a, const Stream<Ar>* all, int64
 #pragma GCC unroll 8
     for (int s = 0; s < streams; ++s)
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) {
-        join_sum<C>(all[s].to + i * kTileCols + j * lanes, acc[i][s][j], first);
-      }
+      for (int j = 0; j < vectors; ++j) join_sum<C>(all[s].to + i * kTileCols + j * lanes, acc[i][s][j], first);
 }
 
 // As many of the `count` streams as fit side by side, at most 8; returns how many, or 0 where one is all that fits.

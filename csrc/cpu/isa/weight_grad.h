@@ -51,7 +51,7 @@ struct BlockOfRows {
 };
 
 // Of each tile, of each block of the expert's rows: two panels of a's columns; or all of the tile's, in one buffer,
-// where too few rows are multiplied for packing and storing to hide in it.
+// where so few rows are multiplied that a turn would have more than kMostPieces lines to store.
 template <class Ar>
 struct GradientChunks {
   struct Chunk {
@@ -59,7 +59,8 @@ struct GradientChunks {
     int64_t steps() const { return ceil_div(depth, Ar::kDepth); }
   };
   int64_t row_begin, row_end, k_end;
-  bool wide = row_end - row_begin < 96;
+  bool wide = (row_end - row_begin) * kMostPieces * kLine <
+              kMicroRows * kMicroCols<Ar> * kTurnSteps * int64_t(sizeof(typename Ar::C));
 
   int64_t tile_end(int64_t tile) const { return min(tile + kTileCols, k_end); }
   // Behind the last tile they are empty.
