@@ -1,7 +1,8 @@
 """The named edges, as data: how tokens choose experts, what logits hold, how tensors lie in memory."""
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -35,6 +36,10 @@ def powers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 # ---- how tokens choose experts --------------------------------------------------------------------------------------
+
+
+def offsets_of(counts: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
 
 
 def distinct(tokens: int, experts: int, top_k: int) -> Tensor:

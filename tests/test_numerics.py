@@ -5,7 +5,7 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal, place
-from cases import DEVICE, Case, distinct, every_dtype, powers, randn, unaligned
+from cases import DEVICE, Case, distinct, every_dtype, offsets_of, powers, randn, unaligned
 from moe_ops import _C, library, numerics
 
 pytestmark = pytest.mark.usefixtures("switches")
@@ -69,8 +69,7 @@ def assert_tf32(ours, product, a, b, terms, what):
 
 def operands(device, n=72, k=100):
     a, w = randn(sum(COUNTS), k), randn(len(COUNTS), n, k, seed=1)
-    offsets = torch.tensor([0, *torch.tensor(COUNTS).cumsum(0).tolist()], dtype=torch.int32)
-    return a, w, randn(sum(COUNTS), n, seed=2), place(offsets, device)
+    return a, w, randn(sum(COUNTS), n, seed=2), place(offsets_of(COUNTS), device)
 
 
 def products(a, w, grad, offsets, device, main_grad=False):

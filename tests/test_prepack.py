@@ -1,6 +1,5 @@
 """prepack: the same bits as with the weight itself, in every use; what a PackedWeight is, and what it refuses."""
 
-import itertools
 import pickle
 
 import pytest
@@ -10,18 +9,12 @@ import moe_ops
 from accuracy import assert_bitwise_equal
 from arguments import GOOD as CALLS
 from arguments import INNER, E, H, K, T, half, zeros
-from cases import DEVICE, every_dtype, every_layout, randn
+from cases import DEVICE, LOW, every_dtype, every_layout, offsets_of, randn
 from moe_ops import _C, PackedWeight
 
-LOW = (torch.bfloat16, torch.float16)
 GOOD = CALLS | {"prepack": {"weight": zeros(E, INNER, H)}}
 
-
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="PackedWeights are for the CPU")
-
-
-def offsets_of(counts):
-    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
 
 
 # Row counts that are few, many and none; N and K beside the sizes of panels, tiles and blocks of the reduction.

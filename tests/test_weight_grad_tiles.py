@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import seeded
+from cases import offsets_of, seeded
 from moe_ops import _C, library
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
@@ -87,7 +87,7 @@ def walk(pytestconfig):
     function.restype = ctypes.c_int64
 
     def call(counts, n_tiles, k_tiles, band, blocks):
-        offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        offsets = offsets_of(counts)
         sizes = ctypes.c_void_p(offsets.data_ptr()), len(counts), ctypes.c_int64(int(offsets[-1]))
         options = n_tiles, k_tiles, band, ctypes.c_uint(blocks)
         out = torch.empty(function(*sizes, *options, None) // blocks, blocks, 4, dtype=torch.int64)
