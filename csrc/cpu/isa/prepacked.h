@@ -7,19 +7,6 @@
 
 namespace moe::MOE_ISA {
 
-// A panel of a tile, from its first step on, and where its columns stand in the tile.
-template <class X>
-struct PackedPanel {
-  const X* data;
-  int64_t tile_col, cols;
-};
-
-template <class X>
-struct PackedPanels {
-  PackedPanel<X> panels[kTileCols / panel_columns(Dtype::float64) + 2];
-  int64_t count = 0;
-};
-
 // Values along the reduction, those that fill up the last step among them.
 template <class X>
 int64_t depth_of_panel(const TileWeights<X>& w) {
@@ -54,21 +41,16 @@ PackedPanels<X> panels_of(const TileWeights<X>& w) {
 template <class Ar, class X>
 const typename Ar::Element* panel_block(const X* from, int64_t depth, typename Ar::Element* buffer) {
   using Element = typename Ar::Element;
-  if constexpr (sizeof(X) * Ar::kDepth == sizeof(Element)) {
+  if constexpr (kStepElements<Ar, X> == 1) {
     return reinterpret_cast<const Element*>(from);
   } else {
     constexpr int lanes = kLanes<float>, cols = kPanel<Ar>;
     for (int64_t k = 0; k < depth; k += 2)
       for (int col = 0; col < cols; col += lanes) {
-        const auto pair = load_vector<uint32_t>(from + k * cols + 2 * col);
-        float* to = buffer + k * cols + col;
-        if constexpr (std::is_same_v<X, bfloat16>) {
-          store_vector(to, bit_cast<Vec<float>>(pair << 16));
-          store_vector(to + cols, bit_cast<Vec<float>>(pair & 0xffff0000u));
-        } else {
-          store_vector(to, to_compute<float, X>(convert<Packed<float, X>>(pair & 0xffffu)));
-          store_vector(to + cols, to_compute<float, X>(convert<Packed<float, X>>(pair >> 16)));
-        }
+        Vec<float> values[2];
+        load_step<Ar>(from + k * cols + 2 * col, values);
+        store_vector(buffer + k * cols + col, values[0]);
+        store_vector(buffer + (k + 1) * cols + col, values[1]);
       }
     return buffer;
   }
@@ -90,60 +72,52 @@ void part_gates_from_ups(bool interleaved, int64_t before, int64_t rows, int64_t
   }
 }
 
-// The first panels, as far as they can be taken side by side: how many.
-template <class Ar, class X>
-int64_t multiply_side_by_side(const PackedPanels<X>& panels, int64_t begin, int64_t end, int64_t rows,
-                              const typename Ar::Element* a, int64_t block_size, typename Ar::C* tile) {
-  int64_t done = 0;
-  if constexpr (sizeof(X) * Ar::kDepth == sizeof(typename Ar::Element)) {
-    while (done < panels.count) {
-      const int64_t left = min(panels.count - done, kMostStreams);
-      const typename Ar::Element* block = a;
-      int64_t taken = 0;
-      for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {
-        Stream<Ar> streams[kMostStreams];
-        for (int64_t s = 0; s < left; ++s) {
-          const auto& panel = panels.panels[done + s];
-          streams[s] = {panel_block<Ar>(panel.data + k * kPanel<Ar>, 0, nullptr), tile + panel.tile_col};
-        }
-        const int64_t steps = ceil_div(min(end - k, kBlockDepth<Ar>), Ar::kDepth);
-        taken = multiply_some_panels<Ar>(rows, block, streams, left, steps, k == 0);
-      }
-      if (taken == 0) break;
-      done += taken;
-    }
+// Blocks of A along the reduction that are packed at a time, as many as a tile's block has room for: fewer rows read
+// longer runs of a panel, at best all of it.
+template <class Ar>
+struct RowBlocks {
+  int64_t size, depth;  // Elements of one; values along the reduction of all
+
+  explicit RowBlocks(int64_t rows) {
+    const int64_t padded = ceil_div(rows, kMicroRows) * kMicroRows;
+    size = padded * RowsOfA<Ar>::kRowStride;
+    depth = kTileRows / padded * kBlockDepth<Ar>;
   }
-  return done;
+};
+
+template <class Ar, class X>
+void multiply_few_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w,
+                            const PackedPanels<X>& panels, Blocks<Ar>& blocks) {
+  const RowBlocks<Ar> packed(a.count);
+  for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed.depth) {
+    const int64_t end = min(begin + packed.depth, w.depth);
+    pack_row_blocks<Ar>(a, begin, end, blocks.a[0], packed.size);
+    multiply_few_panels<Ar>(a.count, blocks.a[0], packed.size, panels, begin, end, blocks.tile);
+  }
 }
 
-// As many blocks of A along the reduction are packed at a time as a tile's block has room for: fewer rows read longer
-// runs of a panel, at best all of it; then what is asked for ahead is what lies one block further, in this panel or
-// the next. The next blocks of A are packed beside.
+// What is asked for ahead lies one block further, in this panel or the next. The next blocks of A are packed beside.
 template <class Ar, class X>
-void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w, Blocks<Ar>& blocks) {
-  const auto panels = panels_of<Ar>(w);
-  const int64_t block_rows = ceil_div(a.count, kMicroRows) * kMicroRows,
-                block_size = block_rows * RowsOfA<Ar>::kRowStride;
-  const int64_t packed_depth = kTileRows / block_rows * kBlockDepth<Ar>;
-  const bool at_once = packed_depth >= w.depth;
+void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w,
+                             const PackedPanels<X>& panels, Blocks<Ar>& blocks) {
+  const RowBlocks<Ar> packed(a.count);
+  const bool at_once = packed.depth >= w.depth;
   const int64_t full_depth = depth_of_panel(w);
   // Memory as rows of one line for each turn, since of each row a line is asked for at a turn.
   const auto ahead = [](const X* from, int64_t depth, int64_t steps) -> Ahead {
     const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kTurnSteps) * 64;
     return {reinterpret_cast<const char*>(from), run, ceil_div(bytes, run), run};
   };
-  pack_row_blocks<Ar>(a, 0, min(packed_depth, w.depth), blocks.a[0], block_size);
+  pack_row_blocks<Ar>(a, 0, min(packed.depth, w.depth), blocks.a[0], packed.size);
   int which = 0;
-  for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed_depth, which ^= 1) {
-    const int64_t end = min(begin + packed_depth, w.depth), next_end = min(end + packed_depth, w.depth);
-    const int64_t done =
-        multiply_side_by_side<Ar>(panels, begin, end, a.count, blocks.a[which], block_size, blocks.tile);
-    const int64_t turns = (panels.count - done) * turns_of_block<Ar>(a.count, kPanel<Ar>, (end - begin) / Ar::kDepth);
-    RowsBeside<Ar, X> rows(a, end, next_end, blocks.a[which ^ 1], block_size, turns);
-    for (int64_t i = done; i < panels.count; ++i) {
+  for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed.depth, which ^= 1) {
+    const int64_t end = min(begin + packed.depth, w.depth), next_end = min(end + packed.depth, w.depth);
+    const int64_t turns = panels.count * turns_of_block<Ar>(a.count, kPanel<Ar>, (end - begin) / Ar::kDepth);
+    RowsBeside<Ar, X> rows(a, end, next_end, blocks.a[which ^ 1], packed.size, turns);
+    for (int64_t i = 0; i < panels.count; ++i) {
       const auto& panel = panels.panels[i];
       const typename Ar::Element* block = blocks.a[which];
-      for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += block_size) {
+      for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += packed.size) {
         const int64_t depth = min(end - k, kBlockDepth<Ar>), steps = ceil_div(depth, Ar::kDepth);
         const int64_t next = k + kBlockDepth<Ar>;
         Ahead wanted{};
@@ -156,6 +130,13 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
     }
     rows.finish();
   }
+}
+
+template <class Ar, class X>
+void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w, Blocks<Ar>& blocks) {
+  const auto panels = panels_of<Ar>(w);
+  if (a.count <= kMicroRows) multiply_few_prepacked<Ar>(a, w, panels, blocks);
+  else multiply_many_prepacked<Ar>(a, w, panels, blocks);
   const int64_t before = before_ups<Ar>(w);
   if (w.interleaved() || before) part_gates_from_ups(w.interleaved(), before, a.count, w.cols, blocks.tile);
 }
