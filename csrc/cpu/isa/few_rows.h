@@ -1,8 +1,7 @@
 // Few rows: bound by reading the weights, which are read once, where they lie. Where their unit stride runs across the
 // reduction, vectors of a row are multiplied as they are. Where it runs along, a square of them is transposed in
-// registers and multiplied there, never packed; each lane has a run of weight rows that lie one behind the other, so
-// that memory is read in as many streams as there are lanes, each as long as its run. Sums run in the order and in the
-// blocks of multiply.h, so that a row's result does not depend on which of the two computed it.
+// registers and multiplied there, never packed. Sums run in the order and in the blocks of multiply.h, so that a row's
+// result does not depend on which of the two computed it.
 #pragma once
 
 #include "cpu/isa/pack.h"
@@ -16,41 +15,71 @@ inline constexpr int kFewRows = kMicroRows;
 template <class Ar>
 inline constexpr int64_t kFewRowsStride = kTileRows / kFewRows * RowsOfA<Ar>::kRowStride / kBlockSteps * kBlockSteps;
 
-inline constexpr int kAheadBytes = 512;         // between a line of a stream that is asked for and the one that is read
-inline constexpr int kAcrossAheadBytes = 8192;  // the same across the reduction, counted in what is read
+inline constexpr int kAcrossAheadBytes = 8192;  // between what is asked for across the reduction and what is read
+
+// Weight rows that lie along the reduction, one for each lane: of each of kRuns runs through the tile the next kUnit
+// rows, as many as 16 bytes hold sums, so that memory is read in few long streams and sums are put in order a unit at a
+// time.
+template <class C, class S>
+struct LaneRows {
+  static constexpr int kUnit = 16 / sizeof(C), kRuns = kLanes<C> / kUnit;
+
+  const S* first;
+  int64_t stride, run;  // between rows; between runs
+
+  MOE_INLINE const S* operator()(int lane) const { return first + lane / kUnit * run + lane % kUnit * stride; }
+};
+
+// The rows that come next, whose lines are asked for in the order in which they lie, a line of each row for a square.
+template <class C, class S>
+struct NextRows {
+  using Rows = LaneRows<C, S>;
+  static constexpr int64_t kLineValues = kLine / sizeof(S);
+
+  Rows rows;
+  int64_t lines, line = 0;  // of a row; asked for of this one
+
+  MOE_INLINE void ask() {
+    if (!rows.first) return;
+    for (int i = 0; i < Rows::kUnit; ++i) {
+#pragma GCC unroll 4
+      for (int run = 0; run < Rows::kRuns; ++run) __builtin_prefetch(rows.first + run * rows.run + line * kLineValues);
+      if (++line == lines) line = 0, rows.first += rows.stride;
+    }
+  }
+};
 
 // acc[rows] += a[rows, kLanes Elements] . block of weights.
-template <class Ar, class X, bool whole, int rows, class S>
-MOE_INLINE void few_rows_block(const typename Ar::Element* a, const S* corner, int64_t n_stride, int64_t width,
-                               int64_t depth, Vec<typename Ar::C>* acc) {
+template <class Ar, class X, bool whole, int rows, class Row>
+MOE_INLINE void few_rows_block(const typename Ar::Element* a, const Row& row, int64_t width, int64_t depth,
+                               Vec<typename Ar::C>* acc) {
   constexpr int lanes = kLanes<typename Ar::C>;
   Vec<typename Ar::Element> block[lanes];
-  load_transposed<Ar, X, whole>(corner, n_stride, width, depth, block);
-  if constexpr (whole)
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) __builtin_prefetch(corner + j * n_stride + kAheadBytes / sizeof(S), 0, 2);
+  load_transposed<Ar, X, whole>(row, width, depth, block);
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i)
 #pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row)
-      acc[row] = Ar::step(acc[row], broadcast(a[row * kFewRowsStride<Ar> + i]), block[i]);
+    for (int r = 0; r < rows; ++r) acc[r] = Ar::step(acc[r], broadcast(a[r * kFewRowsStride<Ar> + i]), block[i]);
 }
 
 // c[rows, kLanes] (+)= a[rows, depth] . weights[kLanes, depth]^T, of which `width` columns are there.
 template <class Ar, class X, class S, int rows>
-MOE_INLINE void few_rows_columns(const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t width,
-                                 int64_t depth, typename Ar::C* c, bool first) {
+MOE_INLINE void few_rows_columns(const typename Ar::Element* a, LaneRows<typename Ar::C, S> row,
+                                 NextRows<typename Ar::C, S> next, int64_t width, int64_t depth, typename Ar::C* c,
+                                 bool first) {
   using C = typename Ar::C;
   constexpr int64_t step = kLanes<C> * Ar::kDepth;
   for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
     const int64_t end = min(begin + kBlockDepth<Ar>, depth);
     Vec<C> acc[rows] = {};
     int64_t k = begin;
-    for (; width >= kLanes<C> && k + step <= end; k += step)
-      few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc);
-    for (; k < end; k += step)
-      few_rows_block<Ar, X, false, rows, S>(a + k / Ar::kDepth, weight + k, n_stride, width, end - k, acc);
-    for (int row = 0; row < rows; ++row) join_sum<C>(c + row * kTileCols, acc[row], first && begin == 0);
+    for (; width >= kLanes<C> && k + step <= end; k += step, row.first += step) {
+      few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, row, width, end - k, acc);
+      next.ask();
+    }
+    for (; k < end; k += step, row.first += step)
+      few_rows_block<Ar, X, false, rows>(a + k / Ar::kDepth, row, width, end - k, acc);
+    for (int r = 0; r < rows; ++r) join_sum<C>(c + r * kTileCols, acc[r], first && begin == 0);
   }
 }
 
@@ -64,30 +93,40 @@ inline int64_t rows_taken(int64_t count) {
   return rows;
 }
 
-// c[n, cols] (+)= a[n, depth] . weights[cols, depth]^T. Column i of every lane's run stands at c + i * kLanes, and
-// behind those the columns that are too few for another of each lane; columns_in_order puts them in their places.
+// c[n, cols] (+)= a[n, depth] . weights[cols, depth]^T, in the order of LaneRows: columns_in_order puts them in their
+// places. Behind, if there are any, lie as many columns that are multiplied next.
 template <class Ar, class X, class S, int rows = 1>
-void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, int64_t n_stride, int64_t cols,
-                  int64_t depth, typename Ar::C* c, bool first) {
+void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, const S* behind, int64_t n_stride,
+                  int64_t cols, int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
+  using Rows = LaneRows<C, S>;
   constexpr int lanes = kLanes<C>;
   if constexpr (rows < kFewRows) {
-    if (n > rows) return multiply_few<Ar, X, S, more_rows(rows)>(n, a, weight, n_stride, cols, depth, c, first);
+    if (n > rows) return multiply_few<Ar, X, S, more_rows(rows)>(n, a, weight, behind, n_stride, cols, depth, c, first);
   }
-  const int64_t run = cols / lanes, rest = run * lanes;  // run: columns that a lane has
-  for (int64_t i = 0; i < run; ++i)
-    few_rows_columns<Ar, X, S, rows>(a, weight + i * n_stride, run * n_stride, lanes, depth, c + i * lanes, first);
+  const int64_t groups = cols / lanes, rest = groups * lanes, lines = depth * int64_t(sizeof(S)) / kLine;
+  const int64_t unit = Rows::kUnit * n_stride;
+  for (int64_t i = 0; i < groups; ++i) {
+    const S* next = i + 1 < groups ? weight + (i + 1) * unit : behind;
+    few_rows_columns<Ar, X, S, rows>(a, {weight + i * unit, n_stride, groups * unit},
+                                     {{lines ? next : nullptr, n_stride, groups * unit}, lines}, lanes, depth,
+                                     c + i * lanes, first);
+  }
   if (rest < cols)
-    few_rows_columns<Ar, X, S, rows>(a, weight + rest * n_stride, n_stride, cols - rest, depth, c + rest, first);
+    few_rows_columns<Ar, X, S, rows>(a, {weight + rest * n_stride, n_stride, unit}, {}, cols - rest, depth, c + rest,
+                                     first);
 }
 
-template <class C>
+template <class C, class S>
 void columns_in_order(int64_t rows, int64_t cols, C* c) {
-  const int64_t run = cols / kLanes<C>;
+  using Rows = LaneRows<C, S>;
+  const int64_t groups = cols / kLanes<C>;
   C by_lane[kTileCols];
   for (int64_t row = 0; row < rows; ++row, c += kTileCols) {
-    std::memcpy(by_lane, c, run * kLanes<C> * sizeof(C));
-    store_rows<C>(by_lane, run, kLanes<C>, c);
+    std::memcpy(by_lane, c, groups * kLanes<C> * sizeof(C));
+    for (int64_t i = 0; i < groups; ++i)
+      store_units<C>(c + i * Rows::kUnit, groups * Rows::kUnit, load_vector<C>(by_lane + i * kLanes<C>),
+                     std::make_integer_sequence<int, Rows::kRuns>());
   }
 }
 

@@ -116,13 +116,14 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
       const W* weights = w.run(half) + k * w.k_stride;
       auto* const to = blocks.tile + half * kTileCols / 2;
       if constexpr (along)
-        multiply_few<Ar, X>(a.count, blocks.a[0], weights, w.col_stride(), w.cols, depth, to, k == 0);
+        multiply_few<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr, w.col_stride(),
+                            w.cols, depth, to, k == 0);
       else multiply_few_across<Ar, X>(a.count, blocks.a[0], weights, w.k_stride, w.cols, depth, to, k == 0);
     }
   }
   if constexpr (along)
     for (int64_t half = 0; half <= w.gated; ++half)
-      columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
+      columns_in_order<typename Ar::C, W>(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
 
 template <class Ar, class X, class W>

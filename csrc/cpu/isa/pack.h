@@ -139,17 +139,17 @@ void pack_steps(const Rows& rows, int64_t depth, int64_t cols, typename Ar::Elem
   }
 }
 
-// A square block of weights, kLanes columns by kLanes Elements along K, with each Element's columns side by side. Where
-// it is not whole, `width` columns and `depth` values are there and the others are zeros.
-template <class Ar, class X, bool whole, class S>
-MOE_INLINE void load_transposed(const S* corner, int64_t n_stride, int64_t width, int64_t depth,
-                                Vec<typename Ar::Element>* block) {
-  using Read = Reader<Ar, X, S>;
+// A square block of weights, kLanes columns by kLanes Elements along K, with each Element's columns side by side.
+// Column j lies at row(j). Where it is not whole, `width` columns and `depth` values are there and the others are
+// zeros.
+template <class Ar, class X, bool whole, class Row>
+MOE_INLINE void load_transposed(const Row& row, int64_t width, int64_t depth, Vec<typename Ar::Element>* block) {
+  using Read = Reader<Ar, X, std::remove_cvref_t<decltype(*row(0))>>;
   constexpr int lanes = kLanes<typename Ar::C>;
 #pragma GCC unroll 16
   for (int j = 0; j < lanes; ++j) {
-    if constexpr (whole) block[j] = Read::along_k(corner + j * n_stride, lanes * Ar::kDepth, 1, false);
-    else block[j] = j < width ? Read::along_k(corner + j * n_stride, depth, 1, false) : Vec<typename Ar::Element>{};
+    if constexpr (whole) block[j] = Read::along_k(row(j), lanes * Ar::kDepth, 1, false);
+    else block[j] = j < width ? Read::along_k(row(j), depth, 1, false) : Vec<typename Ar::Element>{};
   }
   transpose<typename Ar::Element>(block);
 }
@@ -166,16 +166,16 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
   if (k_stride == 1) {
     for (int64_t col = 0; col < ceil_div(cols, panel) * panel; col += lanes) {
       Element* panel_to = to + col / panel * panel * steps + col % panel;
-      const S* from = weight + col * n_stride;
       int64_t step = first_step;
+      const auto row = [&](int j) { return weight + (col + j) * n_stride + step * Ar::kDepth; };
       Vec<Element> block[lanes];
       for (; col + lanes <= cols && (step + lanes) * Ar::kDepth <= depth; step += lanes) {
-        load_transposed<Ar, X, true>(from + step * Ar::kDepth, n_stride, lanes, depth, block);
+        load_transposed<Ar, X, true>(row, lanes, depth, block);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) store_vector(panel_to + (step + i) * panel, block[i]);
       }
       for (; step < steps; step += lanes) {
-        load_transposed<Ar, X, false>(from + step * Ar::kDepth, n_stride, cols - col, depth - step * Ar::kDepth, block);
+        load_transposed<Ar, X, false>(row, cols - col, depth - step * Ar::kDepth, block);
         for (int64_t i = 0; i < min(steps - step, lanes); ++i) store_vector(panel_to + (step + i) * panel, block[i]);
       }
     }
