@@ -4,6 +4,8 @@
 // result does not depend on which of the two computed it.
 #pragma once
 
+#include <bit>
+
 #include "cpu/isa/pack.h"
 
 namespace moe::MOE_ISA {
@@ -15,7 +17,7 @@ inline constexpr int kFewRows = kMicroRows;
 template <class Ar>
 inline constexpr int64_t kFewRowsStride = kTileRows / kFewRows * RowsOfA<Ar>::kRowStride / kBlockSteps * kBlockSteps;
 
-inline constexpr int kAcrossAheadBytes = 8192;  // between what is asked for across the reduction and what is read
+inline constexpr int kAcrossSteps = 10;  // steps of all columns that are multiplied, and asked for ahead, at a time
 
 // Weight rows that lie along the reduction, one for each lane: of each of kRuns runs through the tile the next kUnit
 // rows, as many as 16 bytes hold sums, so that memory is read in few long streams and sums are put in order a unit at a
@@ -130,54 +132,70 @@ void columns_in_order(int64_t rows, int64_t cols, C* c) {
   }
 }
 
-// c[rows, cols] (+)= a[rows, depth] . weights[depth, cols], as many vectors of a row at a time as sums find room in the
-// registers.
+// sums[rows, cols] += a[rows, depth] . weights[depth, cols], `vectors` side by side. Their lines kAcrossSteps further
+// along the reduction are asked for.
 template <class Ar, class X, class S, int rows, int vectors>
 void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
-                     typename Ar::C* c, bool first) {
+                     typename Ar::C* sums) {
   using C = typename Ar::C;
   constexpr int lanes = kLanes<C>;
-  constexpr int64_t kStepBytes = Ar::kDepth * vectors * lanes * sizeof(S), kStepsAhead = kAcrossAheadBytes / kStepBytes;
   const C scales[2] = {1, 1};
-  for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
-    const int64_t end = min(begin + kBlockDepth<Ar>, depth);
-    Vec<C> acc[rows][vectors] = {};
-    for (int64_t k = begin; k < end; k += Ar::kDepth) {
-      const S* at[2] = {weight + k * k_stride, Ar::kDepth == 2 && k + 1 < end ? weight + (k + 1) * k_stride : nullptr};
-      for (int i = 0; i < Ar::kDepth; ++i)
-        for (int64_t byte = 0; byte < kStepBytes / Ar::kDepth; byte += 64)
-          __builtin_prefetch(
-              reinterpret_cast<const char*>(weight + (k + i + kStepsAhead * Ar::kDepth) * k_stride) + byte, 0, 2);
+  Vec<C> acc[rows][vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        const S* from[2] = {at[0] + v * lanes, at[1] ? at[1] + v * lanes : nullptr};
-        const auto values = Reader<Ar, X, S>::across_k(from, cols - v * lanes, scales, false);
+  for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 16
-        for (int row = 0; row < rows; ++row)
-          acc[row][v] = Ar::step(acc[row][v], broadcast(a[row * kFewRowsStride<Ar> + k / Ar::kDepth]), values);
-      }
+    for (int v = 0; v < vectors; ++v) acc[row][v] = load_vector<C>(sums + row * kTileCols + v * lanes);
+  for (int64_t k = 0; k < depth; k += Ar::kDepth, ++a) {
+    const S* at[2] = {weight + k * k_stride, Ar::kDepth == 2 && k + 1 < depth ? weight + (k + 1) * k_stride : nullptr};
+    for (int i = 0; i < Ar::kDepth; ++i)
+      for (int64_t col = 0; col < vectors * lanes; col += kLine / sizeof(S))
+        __builtin_prefetch(weight + (k + i + kAcrossSteps * Ar::kDepth) * k_stride + col, 0, 2);
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) {
+      const S* from[2] = {at[0] + v * lanes, at[1] ? at[1] + v * lanes : nullptr};
+      const auto values = Reader<Ar, X, S>::across_k(from, cols - v * lanes, scales, false);
+#pragma GCC unroll 16
+      for (int row = 0; row < rows; ++row)
+        acc[row][v] = Ar::step(acc[row][v], broadcast(a[row * kFewRowsStride<Ar>]), values);
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row)
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) join_sum<C>(c + row * kTileCols + v * lanes, acc[row][v], first && begin == 0);
   }
+#pragma GCC unroll 16
+  for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) store_vector(sums + row * kTileCols + v * lanes, acc[row][v]);
 }
 
+// c[n, cols] (+)= a[n, depth] . weights[depth, cols]: a few steps of all columns at a time, so that rows of weights are
+// read in runs as long as the tile is wide.
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few_across(int64_t n, const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols,
                          int64_t depth, typename Ar::C* c, bool first) {
-  constexpr int lanes = kLanes<typename Ar::C>;
-  // One row has sums to spare; 8 vectors are as long a run of memory as pays.
-  constexpr int vectors = rows == 1 ? 8 : kMicroRows * kMicroVectors / rows;
+  using C = typename Ar::C;
+  constexpr int lanes = kLanes<C>;
+  constexpr int vectors = int(std::bit_floor(unsigned(kMicroRows * kMicroVectors / rows)));
+  constexpr int64_t kChunk = kAcrossSteps * Ar::kDepth;
+  static_assert(kBlockDepth<Ar> % kChunk == 0);
   if constexpr (rows < kFewRows) {
     if (n > rows) return multiply_few_across<Ar, X, S, more_rows(rows)>(n, a, weight, k_stride, cols, depth, c, first);
   }
-  int64_t col = 0;
-  for (; col + vectors * lanes <= cols; col += vectors * lanes)
-    few_rows_across<Ar, X, S, rows, vectors>(a, weight + col, k_stride, vectors * lanes, depth, c + col, first);
-  for (; col < cols; col += lanes)
-    few_rows_across<Ar, X, S, rows, 1>(a, weight + col, k_stride, cols - col, depth, c + col, first);
+  alignas(64) C sums[rows * kTileCols];
+  for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
+    const int64_t end = min(begin + kBlockDepth<Ar>, depth);
+    std::memset(sums, 0, sizeof(sums));
+    for (int64_t k = begin; k < end; k += kChunk) {
+      const int64_t steps = min(end - k, kChunk);
+      const S* from = weight + k * k_stride;
+      int64_t col = 0;
+      for (; col + vectors * lanes <= cols; col += vectors * lanes)
+        few_rows_across<Ar, X, S, rows, vectors>(a + k / Ar::kDepth, from + col, k_stride, vectors * lanes, steps,
+                                                 sums + col);
+      for (; col < cols; col += lanes)
+        few_rows_across<Ar, X, S, rows, 1>(a + k / Ar::kDepth, from + col, k_stride, cols - col, steps, sums + col);
+    }
+    for (int row = 0; row < rows; ++row)
+      for (int64_t col = 0; col < cols; col += lanes)
+        join_sum<C>(c + row * kTileCols + col, load_vector<C>(sums + row * kTileCols + col), first && begin == 0);
+  }
 }
 
 }  // namespace moe::MOE_ISA
