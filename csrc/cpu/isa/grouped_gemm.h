@@ -61,7 +61,7 @@ struct WeightChunks {
   }
   void ask_for(const Chunk& c) const {
     for (int64_t i = 0; i < (along ? c.cols : c.depth); ++i)
-      fetch_ahead(c.weights + i * (along ? w.col_stride() : w.k_stride), along ? c.depth : c.cols);
+      fetch_ahead<2>(c.weights + i * (along ? w.col_stride() : w.k_stride), along ? c.depth : c.cols);
   }
   void pack(const Chunk& c, typename Ar::Element* to, int64_t first_step) const {
     pack_weights<Ar, X>(c.weights, w.col_stride(), w.k_stride, c.cols, c.depth, to, first_step);

@@ -41,11 +41,11 @@ MOE_INLINE void end_of_stream() {
 #endif
 }
 
-// To the second level: the first is too small for the rows of a token beside those in work.
-template <class S>
+// Into the first level where `locality` is 3, the second where it is 2.
+template <int locality, class S>
 MOE_INLINE void fetch_ahead(const S* from, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += kLine) __builtin_prefetch(bytes + at, 0, 2);
+  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += kLine) __builtin_prefetch(bytes + at, 0, locality);
 }
 
 }  // namespace moe::MOE_ISA
