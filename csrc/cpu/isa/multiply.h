@@ -155,10 +155,19 @@ MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const ty
   else multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead);
 }
 
-// Turns of a block's product: rows that do not fill kMicroRows have none.
+// Rows of the next call where so many are left: kMicroRows, but so that none is left with so few that it would wait for
+// its own sums.
+inline int64_t rows_of_call(int64_t left) {
+  constexpr int64_t kTooFew = kMicroRows / 3;
+  return left > kMicroRows && left < kMicroRows + kTooFew ? ceil_div(left, 2) : min(left, kMicroRows);
+}
+
+// Turns of a block's product: calls of fewer than kMicroRows have none.
 template <class Ar>
 int64_t turns_of_block(int64_t rows, int64_t cols, int64_t depth) {
-  return rows / kMicroRows * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kTurnSteps);
+  int64_t calls = rows / kMicroRows;
+  if (calls > 0 && rows_of_call(kMicroRows + rows % kMicroRows) < kMicroRows) --calls;
+  return calls * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kTurnSteps);
 }
 
 // c[rows, cols] (+)= A block . B block, where B is packed in panels.
@@ -169,10 +178,11 @@ void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b
   int64_t call = 0;
   for (int64_t col = 0; col < cols; col += kMicroCols<Ar>) {
     const int64_t in_panel = col % kPanel<Ar>;
-    for (int64_t row = 0; row < rows; row += kMicroRows, ++call)
-      multiply_rows<Ar, Layout>(min(rows - row, kMicroRows), a + row * Layout::kRowStride,
-                                b + (col - in_panel) * depth + in_panel, depth, c + row * kTileCols + col, first,
-                                ahead.part(call, calls), beside...);
+    for (int64_t row = 0, n; row < rows; row += n, ++call) {
+      n = rows_of_call(rows - row);
+      multiply_rows<Ar, Layout>(n, a + row * Layout::kRowStride, b + (col - in_panel) * depth + in_panel, depth,
+                                c + row * kTileCols + col, first, ahead.part(call, calls), beside...);
+    }
   }
 }
 
