@@ -43,7 +43,7 @@ IMPORTS = {
     "reference": ["types"],
     "checks": ["types"],
     "module_checks": ["checks", "types"],
-    "packing": ["checks", "types"],
+    "packing": ["_C", "checks", "types"],
     "numerics": ["checks", "library"],
     "fakes": ["checks", "packing"],
     "autograd": ["library"],

@@ -1,6 +1,8 @@
 """prepack: the same bits as with the weight itself, in every use; what a PackedWeight is, and what it refuses."""
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from arguments import INNER, E, H, K, T, half, zeros
 from cases import DEVICE, LOW, every_dtype, every_layout, offsets_of, randn
 from moe_ops import _C, PackedWeight
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 GOOD = CALLS | {"prepack": {"weight": zeros(E, INNER, H)}}
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="PackedWeights are for the CPU")
@@ -120,6 +123,19 @@ def test_memory_is_as_stated(dtype, n, k, padded):
     assert packed.nbytes == 3 * padded * dtype.itemsize == packed.panels.untyped_storage().nbytes()
     assert packed.stand_in.untyped_storage().nbytes() == dtype.itemsize
     assert packed.panels.sum() == 3 * n * k, "what fills up is not zero"
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the kernel has no transparent huge pages")
+def test_large_panels_ask_for_huge_pages():
+    panels = moe_ops.prepack(randn(4, 1024, 1024)).panels
+    middle = panels.data_ptr() + panels.nbytes // 2
+    begin, flags = 0, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(bound, 16) for bound in match.groups())
+        elif line.startswith("VmFlags:") and begin <= middle < end:
+            flags = line
+    assert " hg" in flags
 
 
 def test_it_is_a_copy_without_a_gradient():

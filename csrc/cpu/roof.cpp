@@ -11,7 +11,7 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/device.h"
+#include "cpu/pages.h"
 
 namespace moe {
 namespace {
@@ -64,7 +64,7 @@ double median_rate(int64_t bytes, double seconds, const F& move) {
 
 AlignedFloats new_buffer(int64_t bytes) {
   AlignedFloats buffer(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
-  Device::allocated(buffer.get(), bytes);
+  ask_for_huge_pages(buffer.get(), bytes);
   return buffer;
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/pages.h"
 #include "cpu/roof.h"
 #include "cuda/architectures.h"
 #include "cuda/launch/gemm_clusters_sm90.h"
@@ -116,6 +117,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return moe::kernels().name; }, "The instruction set in use");
   m.def("use_instruction_set", &moe::use_instruction_set, py::arg("name"),
         "Use another instruction set; for tests, while no operator runs");
+  m.def(
+      "ask_for_huge_pages",
+      [](uintptr_t address, int64_t bytes) { moe::ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"), "For memory that was allocated and not yet written");
   m.def(
       "roofs", &roofs, py::arg("bytes"), py::arg("seconds") = 0.2,
       "Measure this machine's roofs on torch's threads: FLOP/s of multiply-adds by dtype, bytes/s read and copied over "
