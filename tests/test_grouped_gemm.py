@@ -255,18 +255,38 @@ def test_large_weight_gradients(k, dtype, out, device, instruction_set):
     assert_bitwise_equal(ours, exact)
 
 
-@pytest.mark.parametrize("k", [200, 9000])
+@pytest.mark.parametrize("k", [200, 9001])
+@pytest.mark.parametrize("across", [False, True])
 @every_dtype
-def test_a_row_does_not_depend_on_the_others(dtype, k, device, instruction_set, switches):
+def test_a_row_does_not_depend_on_the_others(dtype, across, k, device, instruction_set, switches):
     """The same bits whether an expert has one row or many; on a card, up to 64 rows in all, where that is asked for."""
     a, w = place(randn(100, k, dtype=dtype), device), place(randn(2, 70, k, dtype=dtype, seed=1), device)
+    if across:
+        w = w.mT.contiguous().mT
     together = moe_ops.grouped_gemm(a, w, place(offsets_of([0, 100]), device))
-    for part in (1, 2, 3, 4, 5, 6, 8, 12, 13, 31, 64, 65, 99):
+    for part in (1, 2, 3, 4, 5, 6, 8, 12, 13, 15, 25, 31, 64, 65, 99):
         moe_ops.set_batch_invariant(part <= 64)
         alone = moe_ops.grouped_gemm(a[:part], w, place(offsets_of([0, part]), device))
         assert_bitwise_equal(alone, together[:part], f"{part} rows")
     shifted = moe_ops.grouped_gemm(a, w[[1, 0]], place(offsets_of([100, 0]), device))
     assert_bitwise_equal(shifted, together)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16])  # no product of it vanishes
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_a_vanishing_sum_has_one_sign(k, dtype, device, instruction_set, switches):
+    """Products too small for the dtype, under a bias of -0.0: zeros of the same sign, whatever the number of rows."""
+    tiny = torch.finfo(dtype).tiny
+    w = place(torch.full((1, 40, k), -tiny, dtype=dtype), device)
+    bias = place(torch.full((1, 40), -0.0, dtype=dtype), device)
+    moe_ops.set_batch_invariant(True)
+    signs = set()
+    for rows in (1, 2, 12, 13, 40):
+        a = place(torch.full((rows, k), tiny, dtype=dtype), device)
+        out = moe_ops.grouped_gemm(a, w, place(offsets_of([rows]), device), bias=bias).cpu()
+        assert not out.any()
+        signs |= set(out.signbit().flatten().tolist())
+    assert len(signs) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

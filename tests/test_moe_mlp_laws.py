@@ -6,7 +6,7 @@ import torch
 import moe_ops
 from accuracy import assert_bitwise_equal, compare, place
 from calls import GPT_OSS, MLP, moe_mlp, random_tensors
-from cases import Case, crowded, distinct, randn, some_dropped
+from cases import DEVICE, DTYPES, INF, Case, crowded, distinct, randn, some_dropped
 
 LARGE = Case("large", tokens=300, experts=7, top_k=3, hidden=200, inner=90, choose=crowded)
 
@@ -115,6 +115,46 @@ def test_a_token_does_not_depend_on_the_others(dtype, device, instruction_set, s
         moe_ops.set_batch_invariant(2 * len(tokens) <= 64)
         for name, mine, all_ in zip(("y", "grad x", "grad weights"), run(torch.tensor(tokens)), together, strict=True):
             assert_bitwise_equal(mine, all_[tokens], f"{name} of {len(tokens)} tokens")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+@pytest.mark.parametrize("kind", ["along", "across", "packed"])
+def test_few_tokens_of_a_wide_layer(kind, layout, dtype, device, instruction_set, switches):
+    """As few tokens as the CPU has loops of their own for: gates and ups in several tiles, K in several pieces."""
+    if kind == "packed" and DEVICE != "cpu":
+        pytest.skip("PackedWeights are for the CPU")
+    hidden, inner = 5500 if DEVICE == "cpu" else 300, 130
+    w_in = place(randn(1, 2 * inner, hidden, dtype=dtype, scale=0.02), device)
+    w_out = place(randn(1, hidden, inner, dtype=dtype, seed=1), device)
+    x, weights = place(randn(30, hidden, dtype=dtype, seed=2), device), place(torch.ones(30, 1), device)
+    ids = torch.zeros(30, 1, dtype=torch.int64)
+    together = moe_mlp(ids, layout=layout)(moe_ops, x, weights, w_in, w_out)
+    if kind == "across":
+        w_in = w_in.mT.contiguous().mT
+    elif kind == "packed":
+        w_in = moe_ops.prepack(w_in)
+    moe_ops.set_batch_invariant(True)
+    for tokens in (1, 2, 4, 12, 13):
+        few = moe_mlp(ids[:tokens], layout=layout)(moe_ops, x[:tokens], weights[:tokens], w_in, w_out)
+        assert_bitwise_equal(few, together[:tokens], f"{tokens} tokens")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_infinite_route_weight(packed, hidden, dtype, device, instruction_set, switches):
+    """It scales a row and nothing behind it: infinite for any number of tokens, not NaN."""
+    if packed and DEVICE != "cpu":
+        pytest.skip("PackedWeights are for the CPU")
+    w_in, w_out = (place(torch.ones(1, *shape, dtype=dtype), device) for shape in ((32, hidden), (hidden, 32)))
+    if packed:
+        w_in, w_out = moe_ops.prepack(w_in), moe_ops.prepack(w_out)
+    for tokens in (1, 13, 40):
+        call = moe_mlp(torch.zeros(tokens, 1, dtype=torch.int64), weight_on="input", activation="relu", gated=False)
+        x = place(torch.ones(tokens, hidden, dtype=dtype), device)
+        y = call(moe_ops, x, place(torch.full((tokens, 1), INF), device), w_in, w_out)
+        assert y.isposinf().all(), f"{tokens} tokens"
 
 
 def test_gradients_accumulate_like_any_other(device):

@@ -1,5 +1,5 @@
-// Pages of large memory. It comes in pages of 4 KiB, and the faults of their first use cost more than the writing, and
-// their translation up to a tenth of reading; torch asks for huge ones with THP_MEM_ALLOC_ENABLE=1, we always do.
+// Huge pages. Fresh memory comes in pages of 4 KiB: the faults of their first use cost more than the writing, their
+// translation up to a twentieth of the reading. torch asks for huge ones under THP_MEM_ALLOC_ENABLE=1 alone.
 #pragma once
 
 #include <sys/mman.h>
@@ -8,7 +8,7 @@
 
 namespace moe {
 
-// For memory that was allocated and not yet written; where it is refused, pages of 4 KiB do.
+// Before the memory is first written; where the kernel refuses, pages of 4 KiB do.
 inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = 2 << 20;

@@ -120,7 +120,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "ask_for_huge_pages",
       [](uintptr_t address, int64_t bytes) { moe::ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
-      py::arg("address"), py::arg("bytes"), "For memory that was allocated and not yet written");
+      py::arg("address"), py::arg("bytes"), "Ask for huge pages under memory that is not yet written");
   m.def(
       "roofs", &roofs, py::arg("bytes"), py::arg("seconds") = 0.2,
       "Measure this machine's roofs on torch's threads: FLOP/s of multiply-adds by dtype, bytes/s read and copied over "

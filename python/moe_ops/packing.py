@@ -36,7 +36,7 @@ def prepack(weight: Tensor, *, dtype: Any = None) -> PackedWeight:
     experts, n, k = weight.shape
     count, steps = -(-n // columns), -(-k // values)
     panels = torch.empty(experts, count, steps, columns, values, dtype=dtype, device=weight.device)
-    if type(panels) is Tensor:  # and not a stand-in without memory
+    if type(panels) is Tensor and not torch.compiler.is_compiling():  # fake tensors have no memory
         _C.ask_for_huge_pages(panels.data_ptr(), panels.nbytes)
     missing = (0, steps * values - k, 0, count * columns - n)
     for matrix, to in zip(weight.detach(), panels, strict=True):  # one at a time: little memory beside the result's

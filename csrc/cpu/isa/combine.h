@@ -43,7 +43,7 @@ MOE_INLINE void fetch_rows(const Terms<C, S>& here, const Terms<C, S>& next, int
   const bool own = col + distance < hidden;
   const Terms<C, S>& from = own ? here : next;
   const int64_t at = col + distance - (own ? 0 : hidden);
-  for (int64_t i = 0; i < from.count; ++i) fetch_ahead<3>(from.terms[i].row + at, cols);
+  for (int64_t i = 0; i < from.count; ++i) fetch_ahead<1>(from.terms[i].row + at, cols);
 }
 
 // y[col .. col + cols) of one token, for at most `vectors` vectors of columns.
@@ -70,8 +70,7 @@ void combine_rows(const CombineParams& p, int64_t begin, int64_t end) {
   using C = Compute<S>;
   constexpr int64_t lanes = kLanes<C>;
   const bool large = p.num_rows * p.hidden * int64_t(sizeof(S)) >= kStreamedBytes;
-  const int64_t lines = kBytesAhead / kLine / (p.width > 1 ? p.width : 1);  // of each row
-  const int64_t distance = min(lines * (kLine / int64_t(sizeof(S))), p.hidden);
+  const int64_t distance = min(kBytesAhead / int64_t(sizeof(S)) / (p.width > 0 ? p.width : 1), p.hidden);
   Terms<C, S> terms[2]{Terms<C, S>(p.width), Terms<C, S>(p.width)};
   if (begin < end) terms[begin % 2].find(p, begin);
   for (int64_t token = begin; token < end; ++token) {
@@ -173,7 +172,7 @@ void combine_rows_backward(const CombineBackwardParams& p, int64_t begin, int64_
     for (int64_t col = 0; col < p.hidden; col += block) {
       const int64_t cols = p.hidden - col < block ? p.hidden - col : block;
       for (int64_t i = 0; i < here.count; ++i) {
-        if (i < ahead) fetch_ahead<3>(next.terms[i].row + col, cols);
+        if (i < ahead) fetch_ahead<1>(next.terms[i].row + col, cols);
         combine_columns_backward<rows, dot, streamed, C, S>(here.terms[i], grad_y, col, cols);
       }
     }

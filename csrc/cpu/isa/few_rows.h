@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "cpu/isa/pack.h"
+#include "cpu/isa/stream.h"
 
 namespace moe::MOE_ISA {
 
@@ -19,69 +20,73 @@ inline constexpr int64_t kFewRowsStride = kTileRows / kFewRows * RowsOfA<Ar>::kR
 
 inline constexpr int kAcrossSteps = 10;  // steps of all columns that are multiplied, and asked for ahead, at a time
 
-// Weight rows that lie along the reduction, one for each lane: of each of kRuns runs through the tile the next kUnit
-// rows, as many as 16 bytes hold sums, so that memory is read in few long streams and sums are put in order a unit at a
-// time.
+// Runs that a tile's weight rows are cut into, and the rows of each that a vector takes: as many as 16 bytes hold sums.
+inline constexpr int kRuns = MOE_VECTOR_BYTES / 16;
+template <class C>
+inline constexpr int kUnit = 16 / sizeof(C);
+
+// The weight rows of a vector's lanes: the next kUnit of each run, so that memory is read in kRuns long streams and
+// sums are put in order 16 bytes at a time.
 template <class C, class S>
 struct LaneRows {
-  static constexpr int kUnit = 16 / sizeof(C), kRuns = kLanes<C> / kUnit;
-
   const S* first;
   int64_t stride, run;  // between rows; between runs
 
-  MOE_INLINE const S* operator()(int lane) const { return first + lane / kUnit * run + lane % kUnit * stride; }
+  MOE_INLINE const S* operator()(int lane) const { return first + lane / kUnit<C> * run + lane % kUnit<C> * stride; }
 };
 
-// The rows that come next, whose lines are asked for in the order in which they lie, a line of each row for a square.
-template <class C, class S>
+// The rows that come next, asked for in the order in which they lie, at each square as many lines as it reads itself.
+template <class Ar, class S>
 struct NextRows {
-  using Rows = LaneRows<C, S>;
-  static constexpr int64_t kLineValues = kLine / sizeof(S);
+  using C = typename Ar::C;
+  static constexpr int kBytes = kUnit<C> * kLanes<C> * Ar::kDepth * sizeof(S);  // that a square reads of a run
+  static constexpr int kLines = kBytes < kLine ? 1 : kBytes / kLine;
 
-  Rows rows;
-  int64_t lines, line = 0;  // of a row; asked for of this one
+  LaneRows<C, S> rows;
+  int64_t lines, left;  // of a row; of each run, to be asked for
+  int64_t line = 0;
 
   MOE_INLINE void ask() {
-    if (!rows.first) return;
-    for (int i = 0; i < Rows::kUnit; ++i) {
+    for (int i = 0; i < kLines && left > 0; ++i, --left) {
 #pragma GCC unroll 4
-      for (int run = 0; run < Rows::kRuns; ++run) __builtin_prefetch(rows.first + run * rows.run + line * kLineValues);
+      for (int run = 0; run < kRuns; ++run)
+        __builtin_prefetch(rows.first + run * rows.run + line * int64_t(kLine / sizeof(S)));
       if (++line == lines) line = 0, rows.first += rows.stride;
     }
   }
 };
 
 // acc[rows] += a[rows, kLanes Elements] . block of weights.
-template <class Ar, class X, bool whole, int rows, class Row>
-MOE_INLINE void few_rows_block(const typename Ar::Element* a, const Row& row, int64_t width, int64_t depth,
-                               Vec<typename Ar::C>* acc) {
+template <class Ar, class X, bool whole, int rows, class S>
+MOE_INLINE void few_rows_block(const typename Ar::Element* a, const LaneRows<typename Ar::C, S>& weights, int64_t width,
+                               int64_t depth, Vec<typename Ar::C>* acc) {
   constexpr int lanes = kLanes<typename Ar::C>;
   Vec<typename Ar::Element> block[lanes];
-  load_transposed<Ar, X, whole>(row, width, depth, block);
+  load_transposed<Ar, X, whole>(weights, width, depth, block);
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i)
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) acc[r] = Ar::step(acc[r], broadcast(a[r * kFewRowsStride<Ar> + i]), block[i]);
+    for (int row = 0; row < rows; ++row)
+      acc[row] = Ar::step(acc[row], broadcast(a[row * kFewRowsStride<Ar> + i]), block[i]);
 }
 
 // c[rows, kLanes] (+)= a[rows, depth] . weights[kLanes, depth]^T, of which `width` columns are there.
 template <class Ar, class X, class S, int rows>
-MOE_INLINE void few_rows_columns(const typename Ar::Element* a, LaneRows<typename Ar::C, S> row,
-                                 NextRows<typename Ar::C, S> next, int64_t width, int64_t depth, typename Ar::C* c,
-                                 bool first) {
+MOE_INLINE void few_rows_columns(const typename Ar::Element* a, LaneRows<typename Ar::C, S> weights,
+                                 NextRows<Ar, S> next, int64_t width, int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
   constexpr int64_t step = kLanes<C> * Ar::kDepth;
   for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
     const int64_t end = min(begin + kBlockDepth<Ar>, depth);
     Vec<C> acc[rows] = {};
     int64_t k = begin;
-    for (; width >= kLanes<C> && k + step <= end; k += step, row.first += step) {
-      few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, row, width, end - k, acc);
+    for (; width >= kLanes<C> && k + step <= end; k += step, weights.first += step) {
+      few_rows_block<Ar, X, true, rows>(a + k / Ar::kDepth, weights, width, end - k, acc);
       next.ask();
     }
-    for (; k < end; k += step, row.first += step)
-      few_rows_block<Ar, X, false, rows>(a + k / Ar::kDepth, row, width, end - k, acc);
-    for (int r = 0; r < rows; ++r) join_sum<C>(c + r * kTileCols, acc[r], first && begin == 0);
+    for (; k < end; k += step, weights.first += step)
+      few_rows_block<Ar, X, false, rows>(a + k / Ar::kDepth, weights, width, end - k, acc);
+    for (int row = 0; row < rows; ++row) join_sum<C>(c + row * kTileCols, acc[row], first && begin == 0);
   }
 }
 
@@ -96,22 +101,21 @@ inline int64_t rows_taken(int64_t count) {
 }
 
 // c[n, cols] (+)= a[n, depth] . weights[cols, depth]^T, in the order of LaneRows: columns_in_order puts them in their
-// places. Behind, if there are any, lie as many columns that are multiplied next.
+// places. behind: as many columns that are multiplied next, or null; asked for.
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, const S* behind, int64_t n_stride,
                   int64_t cols, int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
-  using Rows = LaneRows<C, S>;
   constexpr int lanes = kLanes<C>;
   if constexpr (rows < kFewRows) {
     if (n > rows) return multiply_few<Ar, X, S, more_rows(rows)>(n, a, weight, behind, n_stride, cols, depth, c, first);
   }
-  const int64_t groups = cols / lanes, rest = groups * lanes, lines = depth * int64_t(sizeof(S)) / kLine;
-  const int64_t unit = Rows::kUnit * n_stride;
+  const int64_t groups = cols / lanes, rest = groups * lanes, unit = kUnit<C> * n_stride, run = groups * unit;
+  const int64_t lines = depth * int64_t(sizeof(S)) / kLine;
   for (int64_t i = 0; i < groups; ++i) {
     const S* next = i + 1 < groups ? weight + (i + 1) * unit : behind;
-    few_rows_columns<Ar, X, S, rows>(a, {weight + i * unit, n_stride, groups * unit},
-                                     {{lines ? next : nullptr, n_stride, groups * unit}, lines}, lanes, depth,
+    few_rows_columns<Ar, X, S, rows>(a, {weight + i * unit, n_stride, run},
+                                     {{next, n_stride, run}, lines, next ? lines * kUnit<C> : 0}, lanes, depth,
                                      c + i * lanes, first);
   }
   if (rest < cols)
@@ -119,21 +123,20 @@ void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, con
                                      first);
 }
 
-template <class C, class S>
+template <class C>
 void columns_in_order(int64_t rows, int64_t cols, C* c) {
-  using Rows = LaneRows<C, S>;
   const int64_t groups = cols / kLanes<C>;
   C by_lane[kTileCols];
   for (int64_t row = 0; row < rows; ++row, c += kTileCols) {
     std::memcpy(by_lane, c, groups * kLanes<C> * sizeof(C));
     for (int64_t i = 0; i < groups; ++i)
-      store_units<C>(c + i * Rows::kUnit, groups * Rows::kUnit, load_vector<C>(by_lane + i * kLanes<C>),
-                     std::make_integer_sequence<int, Rows::kRuns>());
+      store_units<C>(c + i * kUnit<C>, groups * kUnit<C>, load_vector<C>(by_lane + i * kLanes<C>),
+                     std::make_integer_sequence<int, kRuns>());
   }
 }
 
-// sums[rows, cols] += a[rows, depth] . weights[depth, cols], `vectors` side by side. Their lines kAcrossSteps further
-// along the reduction are asked for.
+// sums[rows, cols] += a[rows, depth] . weights[depth, cols], the first `vectors` of cols. Their lines kAcrossSteps
+// further along the reduction are asked for.
 template <class Ar, class X, class S, int rows, int vectors>
 void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
                      typename Ar::C* sums) {
@@ -165,16 +168,24 @@ void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_s
     for (int v = 0; v < vectors; ++v) store_vector(sums + row * kTileCols + v * lanes, acc[row][v]);
 }
 
+// The same for all columns, as many vectors at a time as fit.
+template <class Ar, class X, class S, int rows, int vectors>
+void few_rows_of_all(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
+                     typename Ar::C* sums) {
+  constexpr int64_t kCols = vectors * kLanes<typename Ar::C>;
+  for (; cols >= kCols || (vectors == 1 && cols > 0); weight += kCols, sums += kCols, cols -= kCols)
+    few_rows_across<Ar, X, S, rows, vectors>(a, weight, k_stride, cols, depth, sums);
+  if constexpr (vectors > 1) few_rows_of_all<Ar, X, S, rows, vectors / 2>(a, weight, k_stride, cols, depth, sums);
+}
+
 // c[n, cols] (+)= a[n, depth] . weights[depth, cols]: a few steps of all columns at a time, so that rows of weights are
 // read in runs as long as the tile is wide.
 template <class Ar, class X, class S, int rows = 1>
 void multiply_few_across(int64_t n, const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols,
                          int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
-  constexpr int lanes = kLanes<C>;
-  constexpr int vectors = int(std::bit_floor(unsigned(kMicroRows * kMicroVectors / rows)));
+  constexpr int lanes = kLanes<C>, vectors = int(std::bit_floor(unsigned(kMicroRows * kMicroVectors / rows)));
   constexpr int64_t kChunk = kAcrossSteps * Ar::kDepth;
-  static_assert(kBlockDepth<Ar> % kChunk == 0);
   if constexpr (rows < kFewRows) {
     if (n > rows) return multiply_few_across<Ar, X, S, more_rows(rows)>(n, a, weight, k_stride, cols, depth, c, first);
   }
@@ -182,16 +193,9 @@ void multiply_few_across(int64_t n, const typename Ar::Element* a, const S* weig
   for (int64_t begin = 0; begin < depth || begin == 0; begin += kBlockDepth<Ar>) {
     const int64_t end = min(begin + kBlockDepth<Ar>, depth);
     std::memset(sums, 0, sizeof(sums));
-    for (int64_t k = begin; k < end; k += kChunk) {
-      const int64_t steps = min(end - k, kChunk);
-      const S* from = weight + k * k_stride;
-      int64_t col = 0;
-      for (; col + vectors * lanes <= cols; col += vectors * lanes)
-        few_rows_across<Ar, X, S, rows, vectors>(a + k / Ar::kDepth, from + col, k_stride, vectors * lanes, steps,
-                                                 sums + col);
-      for (; col < cols; col += lanes)
-        few_rows_across<Ar, X, S, rows, 1>(a + k / Ar::kDepth, from + col, k_stride, cols - col, steps, sums + col);
-    }
+    for (int64_t k = begin; k < end; k += kChunk)
+      few_rows_of_all<Ar, X, S, rows, vectors>(a + k / Ar::kDepth, weight + k * k_stride, k_stride, cols,
+                                               min(end - k, kChunk), sums);
     for (int row = 0; row < rows; ++row)
       for (int64_t col = 0; col < cols; col += lanes)
         join_sum<C>(c + row * kTileCols + col, load_vector<C>(sums + row * kTileCols + col), first && begin == 0);

@@ -123,7 +123,7 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
   }
   if constexpr (along)
     for (int64_t half = 0; half <= w.gated; ++half)
-      columns_in_order<typename Ar::C, W>(a.count, w.cols, blocks.tile + half * kTileCols / 2);
+      columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
 
 template <class Ar, class X, class W>

@@ -39,9 +39,10 @@ static_assert(kTileRows % kMicroRows == 0);
 template <class Ar>
 inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values along the reduction
 
-// Columns of a panel: a step of it is 128 bytes in every instruction set, so that weights packed under one serve all.
+inline constexpr int kStepBytes =
+    128;  // of a panel's step, in every instruction set: weights packed under one serve all
 template <class Ar>
-inline constexpr int kPanel = 128 / sizeof(typename Ar::Element);
+inline constexpr int kPanel = kStepBytes / sizeof(typename Ar::Element);  // columns of a panel
 template <class Ar>
 inline constexpr int kMicroCols = kMicroVectors * kLanes<typename Ar::C>;  // columns that are multiplied at a time
 
@@ -95,10 +96,10 @@ void finish_pieces(Work& work) {
   for (; work.pieces.left > 0; --work.pieces.left) work.piece();
 }
 
-// to (+)= a block's sum.
+// to (+)= a block's sum. The first is added to zero as well: steps that are padded have made no -0 into 0 elsewhere.
 template <class C>
 MOE_INLINE void join_sum(C* to, Vec<C> sum, bool first) {
-  store<C>(to, first ? sum : load<C>(to) + sum);
+  store<C>(to, (first ? Vec<C>{} : load<C>(to)) + sum);
 }
 
 // c[rows, kMicroCols] (+)= a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth. A block's sum
@@ -155,11 +156,11 @@ MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const ty
   else multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead);
 }
 
-// Rows of the next call where so many are left: kMicroRows, but so that none is left with so few that it would wait for
-// its own sums.
+// Rows of the next call where `left` remain: kMicroRows, or half of what remains where the last call would be left with
+// too few sums to hide the latency of an addition.
 inline int64_t rows_of_call(int64_t left) {
-  constexpr int64_t kTooFew = kMicroRows / 3;
-  return left > kMicroRows && left < kMicroRows + kTooFew ? ceil_div(left, 2) : min(left, kMicroRows);
+  constexpr int64_t kEnough = kMicroRows / 3;
+  return left > kMicroRows && left < kMicroRows + kEnough ? ceil_div(left, 2) : min(left, kMicroRows);
 }
 
 // Turns of a block's product: calls of fewer than kMicroRows have none.

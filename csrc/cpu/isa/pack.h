@@ -15,12 +15,17 @@ struct Reader {
   using Element = typename Ar::Element;
   static constexpr int kLanes_ = kLanes<C>;
 
-  // The first n values, as they are where they need neither a scale nor another type.
+  // The first n values, then zeros; as they are where they need neither a scale nor another type.
   static MOE_INLINE Packed<C, X> rounded(const S* from, int64_t n, C scale, bool scaled) {
     if constexpr (std::is_same_v<S, X>)
       if (!scaled) return load_packed<C>(from, n);
     auto v = load<C>(from, n);
     if (scaled) v = v * broadcast(scale);
+    if (scaled && n < kLanes_) {  // a scale that is not finite makes no zero of a zero
+      C values[kLanes_];
+      store<C>(values, v);
+      v = load<C>(values, n);
+    }
     return from_compute<X, C>(v);
   }
 

@@ -3,7 +3,10 @@
 // into L2, along one. An element's sum is that of multiply.h.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/isa/multiply.h"
+#include "cpu/isa/stream.h"
 
 namespace moe::MOE_ISA {
 
@@ -20,16 +23,15 @@ struct PackedPanels {
   int64_t count = 0;
 };
 
-inline constexpr int kStepBytes = 128;         // of a panel's step, in every dtype
-inline constexpr int kInOrderAhead = 6 << 10;  // bytes between a line that is asked for and the one that is read
+inline constexpr int kPanelBytesAhead = 6 << 10;  // between a line that is asked for and the one that is read
 
-// Elements that a step has of a column: one, or two that are widened.
+// What a step has of a column: values, and the Elements that they are, one, or two that are widened.
 template <class Ar, class X>
-inline constexpr int kStepElements = sizeof(typename Ar::Element) / sizeof(X) / Ar::kDepth;
+inline constexpr int kStepValues = sizeof(typename Ar::Element) / sizeof(X);
 template <class Ar, class X>
-inline constexpr int kStepValues = kStepElements<Ar, X> * Ar::kDepth;  // the same, values
+inline constexpr int kStepElements = kStepValues<Ar, X> / Ar::kDepth;
 
-// A vector of a step: its columns' Elements, one after the other.
+// The Elements that a step has of a vector's columns.
 template <class Ar, class X>
 MOE_INLINE void load_step(const X* from, Vec<typename Ar::Element>* to) {
   using Element = typename Ar::Element;
@@ -38,8 +40,8 @@ MOE_INLINE void load_step(const X* from, Vec<typename Ar::Element>* to) {
   } else {
     const auto pair = load_vector<uint32_t>(from);
     if constexpr (std::is_same_v<X, bfloat16>) {
-      to[0] = bit_cast<Vec<Element>>(pair << 16);
-      to[1] = bit_cast<Vec<Element>>(pair & 0xffff0000u);
+      to[0] = bit_cast<Vec<float>>(pair << 16);
+      to[1] = bit_cast<Vec<float>>(pair & 0xffff0000u);
     } else {
       to[0] = to_compute<float, X>(convert<Packed<float, X>>(pair & 0xffffu));
       to[1] = to_compute<float, X>(convert<Packed<float, X>>(pair >> 16));
@@ -60,8 +62,9 @@ void multiply_panels(const typename Ar::Element* a, const PackedPanel<X>* panels
     Vec<typename Ar::Element> values[streams][vectors][kElements];
 #pragma GCC unroll 4
     for (int s = 0; s < streams; ++s) {
-      for (int line = 0; streams == 1 && line < kStepBytes; line += kLine)
-        __builtin_prefetch(reinterpret_cast<const char*>(from[s]) + kInOrderAhead + line, 0, 2);
+      if constexpr (streams == 1)
+        for (int line = 0; line < kStepBytes; line += kLine)
+          __builtin_prefetch(reinterpret_cast<const char*>(from[s]) + kPanelBytesAhead + line, 0, 2);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) load_step<Ar>(from[s] + j * kLanes<C> * kStepValues<Ar, X>, values[s][j]);
       from[s] += kOfStep;
@@ -92,6 +95,7 @@ void multiply_panel_blocks(const typename Ar::Element* a, int64_t block_size, co
                            int64_t begin, int64_t end, typename Ar::C* tile) {
   constexpr int kOfPanel = kPanel<Ar> / kLanes<typename Ar::C>;
   constexpr int vectors = rows * kOfPanel <= kMicroRows * kMicroVectors ? kOfPanel : kMicroVectors;
+  static_assert(streams == 1 || vectors == kOfPanel);  // several panels are taken whole
   for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, a += block_size)
     for (int64_t col = 0; col < panels->cols; col += vectors * kLanes<typename Ar::C>)
       multiply_panels<Ar, X, rows, streams, vectors>(
@@ -105,9 +109,10 @@ void multiply_few_panels(int64_t n, const typename Ar::Element* a, int64_t block
   if constexpr (rows < kMicroRows) {
     if (n > rows) return multiply_few_panels<Ar, X, rows + 1>(n, a, block_size, panels, begin, end, tile);
   }
+  // Several panels pay only while a step is short enough for the processor to look ahead.
   constexpr int kMost = rows <= 3 && kStepElements<Ar, X> == 1 ? 4 : 1;
   constexpr int kRoom = kMicroRows * kMicroCols<Ar> / (rows * kPanel<Ar>);  // panels whose sums the registers hold
-  constexpr int streams = kRoom < 1 ? 1 : kRoom < kMost ? kRoom : kMost;
+  constexpr int streams = std::clamp(kRoom, 1, kMost);
   int64_t i = 0;
   for (; i + streams <= panels.count; i += streams)
     multiply_panel_blocks<Ar, X, rows, streams>(a, block_size, panels.panels + i, begin, end, tile);

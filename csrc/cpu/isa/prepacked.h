@@ -8,16 +8,15 @@
 namespace moe::MOE_ISA {
 
 // Values along the reduction, those that fill up the last step among them.
-template <class X>
+template <class Ar, class X>
 int64_t depth_of_panel(const TileWeights<X>& w) {
-  constexpr int64_t values = sizeof(X) == 2 ? 2 : 1;
-  return ceil_div(w.depth, values) * values;
+  return ceil_div(w.depth, kStepValues<Ar, X>) * kStepValues<Ar, X>;
 }
 
 // The panels that hold `cols` weight rows from `begin` on, which is the first of a panel.
 template <class Ar, class X>
 void add_panels(const TileWeights<X>& w, int64_t begin, int64_t cols, int64_t tile_col, PackedPanels<X>& to) {
-  const int64_t depth = depth_of_panel(w);
+  const int64_t depth = depth_of_panel<Ar>(w);
   for (int64_t col = 0; col < cols; col += kPanel<Ar>)
     to.panels[to.count++] = {w.data + (begin + col) * depth, tile_col + col, min(cols - col, kPanel<Ar>)};
 }
@@ -102,7 +101,7 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
                              const PackedPanels<X>& panels, Blocks<Ar>& blocks) {
   const RowBlocks<Ar> packed(a.count);
   const bool at_once = packed.depth >= w.depth;
-  const int64_t full_depth = depth_of_panel(w);
+  const int64_t full_depth = depth_of_panel<Ar>(w);
   // Memory as rows of one line for each turn, since of each row a line is asked for at a turn.
   const auto ahead = [](const X* from, int64_t depth, int64_t steps) -> Ahead {
     const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kTurnSteps) * 64;

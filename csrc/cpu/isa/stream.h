@@ -41,11 +41,11 @@ MOE_INLINE void end_of_stream() {
 #endif
 }
 
-// Into the first level where `locality` is 3, the second where it is 2.
-template <int locality, class S>
+// Into the cache of this level: 1 or 2.
+template <int level, class S>
 MOE_INLINE void fetch_ahead(const S* from, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += kLine) __builtin_prefetch(bytes + at, 0, locality);
+  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += kLine) __builtin_prefetch(bytes + at, 0, 4 - level);
 }
 
 }  // namespace moe::MOE_ISA
