@@ -129,12 +129,12 @@ def test_few_tokens_of_a_wide_layer(kind, layout, dtype, device, instruction_set
     w_out = place(randn(1, hidden, inner, dtype=dtype, seed=1), device)
     x, weights = place(randn(30, hidden, dtype=dtype, seed=2), device), place(torch.ones(30, 1), device)
     ids = torch.zeros(30, 1, dtype=torch.int64)
+    moe_ops.set_batch_invariant(True)
     together = moe_mlp(ids, layout=layout)(moe_ops, x, weights, w_in, w_out)
     if kind == "across":
         w_in = w_in.mT.contiguous().mT
     elif kind == "packed":
         w_in = moe_ops.prepack(w_in)
-    moe_ops.set_batch_invariant(True)
     for tokens in (1, 2, 4, 12, 13):
         few = moe_mlp(ids[:tokens], layout=layout)(moe_ops, x[:tokens], weights[:tokens], w_in, w_out)
         assert_bitwise_equal(few, together[:tokens], f"{tokens} tokens")

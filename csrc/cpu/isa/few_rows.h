@@ -156,7 +156,7 @@ void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_s
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
       const S* from[2] = {at[0] + v * lanes, at[1] ? at[1] + v * lanes : nullptr};
-      const auto values = Reader<Ar, X, S>::across_k(from, cols - v * lanes, scales, false);
+      const auto values = Reader<Ar, X, S>::across_k(from, vectors > 1 ? lanes : cols, scales, false);
 #pragma GCC unroll 16
       for (int row = 0; row < rows; ++row)
         acc[row][v] = Ar::step(acc[row][v], broadcast(a[row * kFewRowsStride<Ar>]), values);
