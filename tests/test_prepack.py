@@ -259,6 +259,12 @@ def test_compiled(dynamic, backend):
         torch.testing.assert_close(compiled(*args), layer(*args))
 
 
+def test_packing_itself_compiles():
+    w = randn(2, 40, 8)
+    packed = torch.compile(lambda w: moe_ops.prepack(w).panels, fullgraph=True, backend="aot_eager")(w)
+    assert_bitwise_equal(packed, moe_ops.prepack(w).panels)
+
+
 @pytest.mark.parametrize("bias", (False, True))
 def test_experts_and_layers_pack_in_place(bias):
     layer = moe_ops.nn.MoE(16, 24, 4, 2, shared_inner=8, bias=bias)
