@@ -39,8 +39,8 @@ static_assert(kTileRows % kMicroRows == 0);
 template <class Ar>
 inline constexpr int64_t kBlockDepth = kBlockSteps * Ar::kDepth;  // values along the reduction
 
-inline constexpr int kStepBytes =
-    128;  // of a panel's step, in every instruction set: weights packed under one serve all
+// Of a panel's step, in every instruction set, so that weights packed under one serve all.
+inline constexpr int kStepBytes = 128;
 template <class Ar>
 inline constexpr int kPanel = kStepBytes / sizeof(typename Ar::Element);  // columns of a panel
 template <class Ar>
@@ -96,7 +96,7 @@ void finish_pieces(Work& work) {
   for (; work.pieces.left > 0; --work.pieces.left) work.piece();
 }
 
-// to (+)= a block's sum. The first is added to zero as well: steps that are padded have made no -0 into 0 elsewhere.
+// to (+)= a block's sum. The first is added to zero: a sum that vanishes is +0, whether padded steps followed or not.
 template <class C>
 MOE_INLINE void join_sum(C* to, Vec<C> sum, bool first) {
   store<C>(to, (first ? Vec<C>{} : load<C>(to)) + sum);
