@@ -138,6 +138,11 @@ def test_large_panels_ask_for_huge_pages():
     assert any(int(begin, 16) <= middle < int(end, 16) and " hg" in flags for begin, end, flags in areas)
 
 
+def test_it_prints_what_it_is():
+    packed = moe_ops.prepack(randn(2, 40, 7, dtype=torch.bfloat16))
+    assert repr(packed) == f"PackedWeight([2, 40, 7], bfloat16, {packed.nbytes} bytes)"
+
+
 def test_it_is_a_copy_without_a_gradient():
     w = torch.nn.Parameter(randn(2, 8, 8))
     packed, before = moe_ops.prepack(w), w.detach().clone()

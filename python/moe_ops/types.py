@@ -132,6 +132,9 @@ class PackedWeight(NamedTuple):
         """Memory: that of E, N and K with N rounded up to 32 (float64: 16), and K to 2 in bfloat16 and float16."""
         return self.panels.nbytes
 
+    def __repr__(self) -> str:
+        return f"PackedWeight({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, {self.nbytes} bytes)"
+
     def unpack(self) -> torch.Tensor:
         """The weight [E, N, K] again, contiguous; its bits are those that were packed."""
         _, n, k = self.shape
