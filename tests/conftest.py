@@ -109,6 +109,14 @@ def switches():
 
 
 @pytest.fixture
+def batch_invariant(switches):
+    """Asks for it: the CPU's few rows and many, plain weights and packed ones, sum in one order."""
+    from moe_ops import set_batch_invariant
+
+    set_batch_invariant(True)
+
+
+@pytest.fixture
 def launches(pytestconfig):
     """Gives how many kernels the process has started, on the emulator, which counts them."""
     return _count_of_emulator(pytestconfig, "moe_ops_simt_launches")

@@ -259,7 +259,7 @@ def test_large_weight_gradients(k, dtype, out, device, instruction_set):
 @pytest.mark.parametrize("across", [False, True])
 @every_dtype
 def test_a_row_does_not_depend_on_the_others(dtype, across, k, device, instruction_set, switches):
-    """The same bits whether an expert has one row or many; on a card, up to 64 rows in all, where that is asked for."""
+    """The same bits whether an expert has one row or many; of up to 64 rows in all where that is asked for."""
     a, w = place(randn(100, k, dtype=dtype), device), place(randn(2, 70, k, dtype=dtype, seed=1), device)
     if across:
         w = w.mT.contiguous().mT
@@ -270,6 +270,35 @@ def test_a_row_does_not_depend_on_the_others(dtype, across, k, device, instructi
         assert_bitwise_equal(alone, together[:part], f"{part} rows")
     shifted = moe_ops.grouped_gemm(a, w[[1, 0]], place(offsets_of([100, 0]), device))
     assert_bitwise_equal(shifted, together)
+
+
+of_dot_products = pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's dot products")
+
+
+@of_dot_products
+@pytest.mark.parametrize("k", [1, 40, 1030, 12001])
+@pytest.mark.parametrize("n", [1, 31, 300])
+@pytest.mark.parametrize("dtype, stored", [*((dtype, dtype) for dtype in DTYPES), *((low, torch.float32) for low in LOW)])
+def test_dot_products_are_exact_where_sums_are(dtype, stored, n, k, instruction_set, switches):
+    """Whole numbers: the sums of few rows are in another order than those of many, and in their places."""
+    a, w = integers(8, k, dtype=dtype), integers(1, n, k, dtype=stored, seed=1)
+    moe_ops.set_batch_invariant(True)
+    expected = moe_ops.grouped_gemm(a, w, offsets_of([8]))
+    moe_ops.set_batch_invariant(False)
+    for rows in range(1, 9):
+        ours = moe_ops.grouped_gemm(a[:rows], w, offsets_of([rows]))
+        assert_bitwise_equal(ours, expected[:rows], f"{rows} rows")
+
+
+@of_dot_products
+@every_dtype
+def test_dot_products_do_not_depend_on_the_other_rows(dtype, instruction_set):
+    """The same bits for any number of rows that is few, whatever other experts have."""
+    a, w = randn(60, 1030, dtype=dtype), randn(3, 300, 1030, dtype=dtype, seed=1)
+    alone = moe_ops.grouped_gemm(a[:1], w, offsets_of([1, 0, 0]))
+    for rows in (2, 3, 4):
+        few = moe_ops.grouped_gemm(a, w, offsets_of([rows, 0, 60 - rows]))
+        assert_bitwise_equal(few[:1], alone, f"{rows} rows")
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16])  # no product of it vanishes

@@ -1,4 +1,4 @@
-"""prepack: the same bits as with the weight itself, in every use; what a PackedWeight is, and what it refuses."""
+"""prepack: the same bits as with the weight itself, in every use, where few rows sum as many do; what a PackedWeight is, and what it refuses."""
 
 import pickle
 import re
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="PackedWeights are for t
         ([], 8, 8),
     ],
 )
-def test_grouped_gemm_gives_the_same_bits(counts, n, k, biased, dtype, instruction_set):
+def test_grouped_gemm_gives_the_same_bits(counts, n, k, biased, dtype, instruction_set, batch_invariant):
     a = randn(sum(counts) + 2, k, dtype=dtype)
     w = randn(len(counts), n, k, dtype=dtype, seed=1)
     bias = randn(len(counts), n, dtype=dtype, seed=2) if biased else None
@@ -53,7 +53,7 @@ def test_grouped_gemm_gives_the_same_bits(counts, n, k, biased, dtype, instructi
     "tokens, hidden, inner, experts, top_k",
     [(40, 24, 50, 3, 2), (3, 65, 33, 4, 2), (150, 64, 300, 2, 1), (1, 40, 128, 4, 2), (7, 5, 1, 2, 2), (0, 4, 4, 2, 1)],
 )
-def test_moe_mlp_gives_the_same_bits(tokens, hidden, inner, experts, top_k, kind, dtype, instruction_set):
+def test_moe_mlp_gives_the_same_bits(tokens, hidden, inner, experts, top_k, kind, dtype, instruction_set, batch_invariant):
     """Ups that begin within a panel, gates and ups that alternate; either weight packed, or both."""
     wide = inner if kind == "plain" else 2 * inner
     x, weights = randn(tokens, hidden, dtype=dtype), randn(tokens, top_k, seed=1)
@@ -271,7 +271,7 @@ def test_packing_itself_compiles():
 
 
 @pytest.mark.parametrize("bias", (False, True))
-def test_experts_and_layers_pack_in_place(bias):
+def test_experts_and_layers_pack_in_place(bias, batch_invariant):
     layer = moe_ops.nn.MoE(16, 24, 4, 2, shared_inner=8, bias=bias)
     x = randn(2, 5, 16)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_experts_and_layers_pack_in_place(bias):
         layer.experts.reset_parameters()
 
 
-def test_experts_round_while_packing():
+def test_experts_round_while_packing(batch_invariant):
     experts = moe_ops.nn.Experts(4, 16, 24)
     x, weights, ids = randn(5, 16, dtype=torch.bfloat16), randn(5, 1), torch.arange(5)[:, None] % 4
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The switches that choose among CUDA's kernels by their numbers: torch's TF32, and batch invariance.
+"""The switches that choose among kernels by their numbers: torch's TF32, which is CUDA's, and batch invariance.
 
 Both are read when an operator is called and travel as its arguments, so that backward does what forward did and a
-traced program keeps what it was traced with (torch.compile traces again after a change). The CPU needs neither.
+traced program keeps what it was traced with (torch.compile traces again after a change).
 """
 
 from collections.abc import Callable
@@ -31,14 +31,15 @@ _torch_allows_tf32: Callable[[], bool] = torch.compiler.assume_constant_result(_
 
 
 def set_batch_invariant(enabled: bool) -> None:
-    """Whether a row's result must have the same bits whatever other rows are in the batch, on CUDA; off by default.
+    """Whether a row's result must have the same bits whatever other rows are in the batch; off by default.
 
-    Off, a grouped GEMM of up to 64 rows in all takes a kernel of its own, which streams the weights as fast as memory
-    gives them and sums in another order than that for more rows; on Hopper the gradient of the route weights also
-    depends on the tiles, which the number of rows decides. On, every number of rows takes one kernel and one order,
-    which is slower for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route weights
-    depend on a token's own rows alone (drops by capacity aside). Gradients of expert weights and biases, and the
-    statistics of route, are sums over the batch. On the CPU all of this holds always.
+    Off, few rows are multiplied as fast as memory gives the weights, and summed in another order than more rows are: on
+    CUDA up to 64 rows in all; on the CPU up to 4 rows of an expert (6 where its weights have 16 bits) whose weights
+    are plain and contiguous along the reduction, so that prepack changes their bits. On Hopper the gradient of the
+    route weights also depends on the tiles, which the number of rows decides. On, every number of rows is summed in one
+    order, which is slower for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route
+    weights depend on a token's own rows alone (drops by capacity aside). Gradients of expert weights and biases, and
+    the statistics of route, are sums over the batch.
 
     Args:
         enabled: for the whole process, from the next call on. backward follows the forward it belongs to.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/isa/beside.h"
+#include "cpu/isa/dot_rows.h"
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/few_rows.h"
 #include "cpu/isa/prepacked.h"
@@ -101,27 +102,34 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
   }
 }
 
+// How few rows meet weights as they lie: along the reduction in dot products or in transposed squares, or across it.
+enum class Few { dots, squares, across };
+
 // Few rows: as much of them as fits is packed, then the weights stream by.
-template <bool along, class Ar, class X, class W>
+template <Few way, class Ar, class X, class W>
 void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  constexpr int64_t kStride = kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
-  // Rows that are taken besides: what they hold is multiplied, though never stored.
-  const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(min(w.depth, kDepth), Ar::kDepth));
-  for (int64_t row = a.count; row < rows_taken(a.count); ++row)
-    std::memset(blocks.a[0] + row * kStride, 0, read * sizeof(blocks.a[0][0]));
+  constexpr int64_t kStride = way == Few::dots ? kDotStride<Ar> : kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
+  if constexpr (way != Few::dots) {
+    // Rows that are taken besides: what they hold is multiplied, though never stored.
+    const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(min(w.depth, kDepth), Ar::kDepth));
+    for (int64_t row = a.count; row < rows_taken(a.count); ++row)
+      std::memset(blocks.a[0] + row * kStride, 0, read * sizeof(blocks.a[0][0]));
+  }
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a[0], kStride);
     for (int64_t half = 0; half <= w.gated; ++half) {
       const W* weights = w.run(half) + k * w.k_stride;
       auto* const to = blocks.tile + half * kTileCols / 2;
-      if constexpr (along)
+      if constexpr (way == Few::dots)
+        dot_rows<Ar, X>(a.count, blocks.a[0], weights, w.col_stride(), w.cols, depth, to, k == 0);
+      else if constexpr (way == Few::squares)
         multiply_few<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr, w.col_stride(),
                             w.cols, depth, to, k == 0);
       else multiply_few_across<Ar, X>(a.count, blocks.a[0], weights, w.k_stride, w.cols, depth, to, k == 0);
     }
   }
-  if constexpr (along)
+  if constexpr (way == Few::squares)
     for (int64_t half = 0; half <= w.gated; ++half)
       columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
@@ -131,8 +139,9 @@ void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w
   if constexpr (std::is_same_v<X, W>)  // prepack has rounded
     if (w.prepacked) return multiply_prepacked<Ar>(a, w, blocks);
   const bool few = a.count <= kFewRows, along = w.k_stride == 1;
-  if (few && along) multiply_unpacked<true, Ar>(a, w, blocks);
-  else if (few && w.col_stride() == 1) multiply_unpacked<false, Ar>(a, w, blocks);
+  if (along && a.count <= kDotRows<W> && !a.batch_invariant) multiply_unpacked<Few::dots, Ar>(a, w, blocks);
+  else if (few && along) multiply_unpacked<Few::squares, Ar>(a, w, blocks);
+  else if (few && w.col_stride() == 1) multiply_unpacked<Few::across, Ar>(a, w, blocks);
   else if (along) multiply_packed<true, Ar>(a, w, blocks);
   else multiply_packed<false, Ar>(a, w, blocks);
 }
@@ -146,7 +155,7 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
   const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
   const Tile tile{expert, row_begin, row_end - row_begin, col_begin, col_end - col_begin};
 
-  TileRows<X, C> a{.scaled = bool(p.a.scale), .count = tile.rows};
+  TileRows<X, C> a{.scaled = bool(p.a.scale), .batch_invariant = p.batch_invariant, .count = tile.rows};
   find_rows(p.a, row_begin, tile.rows, a.rows, a.scale);
   C* const share = p.grad_score ? static_cast<C*>(partial_score) + col_begin / kTileCols : nullptr;
   if (share && p.score_bias && col_begin == 0)

@@ -24,7 +24,7 @@ template <class X, class C>
 struct TileRows {
   const X* rows[kTileRows];
   C scale[kTileRows];
-  bool scaled;
+  bool scaled, batch_invariant;
   int64_t count;
 };
 
