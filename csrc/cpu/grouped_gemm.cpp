@@ -35,10 +35,6 @@ int64_t gated_tile_cols(const GroupedGemmParams& p) {
   return p.weight.prepacked && !whole ? kTileCols / 2 - panel_columns(Dtype::float32) : kTileCols / 2;
 }
 
-struct RowsOfExpert {
-  int64_t expert, begin, end;
-};
-
 // The share of each tile of columns, summed in order; zero for slots that have no row.
 template <class C>
 void reduce_score(const GroupedGemmParams& p, const C* partial, int64_t col_tiles, int64_t rows) {
@@ -70,28 +66,23 @@ void grouped_gemm(const GroupedGemmParams& p, const Device&) {
   if (p.epilogue == Epilogue::activate_backward) zero_rows(p.grad_pre, end, p.num_rows, gated ? 2 * p.n : p.n);
 
   // Experts' rows in blocks of about equal size; the blocks that share a tile of weights stand together.
-  struct Piece {
-    RowsOfExpert rows;
-    int64_t col_begin;
-  };
-  std::vector<Piece> pieces;
+  std::vector<Tile> tiles;
   for (int64_t e = 0; e < p.num_experts; ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e], blocks = ceil_div(rows, kTileRows);
     for (int64_t tile = 0; tile < col_tiles; ++tile)
-      for (int64_t block = 0; block < blocks; ++block)
-        pieces.push_back(
-            {{e, offsets[e] + rows * block / blocks, offsets[e] + rows * (block + 1) / blocks}, tile * tile_cols});
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = rows * block / blocks, col = tile * tile_cols;
+        tiles.push_back(
+            {e, offsets[e] + begin, rows * (block + 1) / blocks - begin, col, std::min(tile_cols, cols - col)});
+      }
   }
 
   const bool is_double = p.a.rows.dtype == Dtype::float64;
   std::vector<double> partial;  // [rows, col_tiles]
   if (p.grad_score) partial.resize(end * col_tiles);
-  const double cost = pieces.empty() ? 0 : double(end) * p.n * p.k / double(pieces.size()) + double(p.k) * kTileCols;
-  for_each_piece(int64_t(pieces.size()), cost, [&](int64_t i) {
-    const auto& [rows, col_begin] = pieces[i];
-    isa.grouped_gemm(p, rows.expert, rows.begin, rows.end, col_begin, std::min(col_begin + tile_cols, cols),
-                     partial.data(), col_tiles);
-  });
+  const int64_t count = int64_t(tiles.size());
+  const double cost = count ? double(end) * p.n * p.k / double(count) + double(p.k) * kTileCols : 0;
+  for_each_piece(count, cost, [&](int64_t i) { isa.grouped_gemm(p, tiles[i], partial.data(), col_tiles); });
   if (p.grad_score) {
     if (is_double) reduce_score(p, partial.data(), col_tiles, end);
     else reduce_score(p, reinterpret_cast<const float*>(partial.data()), col_tiles, end);

@@ -53,11 +53,6 @@ MOE_INLINE void store_strided(S* to, int64_t step, Vec<C> value, int64_t n) {
   for (int64_t i = 0; i < n && i < kLanes<C>; ++i) to[i * step] = values[i];
 }
 
-// The rows and columns of the result that a tile holds.
-struct Tile {
-  int64_t expert, row_begin, rows, col_begin, cols;  // cols: of the result (inner columns where an activation follows)
-};
-
 // A run of an expert's biases: begin, begin + step, ...
 struct Columns {
   int64_t begin, step, count;

@@ -147,30 +147,28 @@ void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w
 }
 
 template <class X, class W>
-void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
-                       int64_t col_begin, int64_t col_end, void* partial_score, int64_t score_stride) {
+void grouped_gemm_tile(const GroupedGemmParams& p, const Tile& tile, void* partial_score, int64_t score_stride) {
   using Ar = Arithmetic<X>;
   using C = typename Ar::C;
   auto& blocks = Blocks<Ar>::of_thread();
-  const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
-  const Tile tile{expert, row_begin, row_end - row_begin, col_begin, col_end - col_begin};
-
   TileRows<X, C> a{.scaled = bool(p.a.scale), .batch_invariant = p.batch_invariant, .count = tile.rows};
-  find_rows(p.a, row_begin, tile.rows, a.rows, a.scale);
-  C* const share = p.grad_score ? static_cast<C*>(partial_score) + col_begin / kTileCols : nullptr;
-  if (share && p.score_bias && col_begin == 0)
-    add_bias_share(p, expert, a.rows, tile.rows, blocks.tile, kTileRows * kTileCols, share + row_begin * score_stride,
-                   score_stride);
+  find_rows(p.a, tile.row_begin, tile.rows, a.rows, a.scale);
+  C* const share = p.grad_score ? static_cast<C*>(partial_score) + tile.col_begin / kTileCols : nullptr;
+  if (share && p.score_bias && tile.col_begin == 0)
+    add_bias_share(p, tile.expert, a.rows, tile.rows, blocks.tile, kTileRows * kTileCols,
+                   share + tile.row_begin * score_stride, score_stride);
   if (tile.cols == 0) return;
 
-  const TileWeights<W> w{.data = static_cast<const W*>(p.weight.data) + expert * p.weight.expert_stride,
-                         .n_stride = p.weight.n_stride,
-                         .k_stride = p.weight.k_stride,
-                         .depth = p.k,
-                         .at = inner_columns(gated ? p.activation : Activation{.gated = false}, col_begin, p.n / 2),
-                         .cols = tile.cols,
-                         .gated = gated,
-                         .prepacked = p.weight.prepacked};
+  const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
+  const TileWeights<W> w{
+      .data = static_cast<const W*>(p.weight.data) + tile.expert * p.weight.expert_stride,
+      .n_stride = p.weight.n_stride,
+      .k_stride = p.weight.k_stride,
+      .depth = p.k,
+      .at = inner_columns(gated ? p.activation : Activation{.gated = false}, tile.col_begin, p.n / 2),
+      .cols = tile.cols,
+      .gated = gated,
+      .prepacked = p.weight.prepacked};
   multiply_tile<Ar>(a, w, blocks);
 
   switch (p.epilogue) {
@@ -180,15 +178,12 @@ void grouped_gemm_tile(const GroupedGemmParams& p, int64_t expert, int64_t row_b
   }
 }
 
-inline void grouped_gemm(const GroupedGemmParams& p, int64_t expert, int64_t row_begin, int64_t row_end,
-                         int64_t col_begin, int64_t col_end, void* partial_score, int64_t score_stride) {
+inline void grouped_gemm(const GroupedGemmParams& p, const Tile& tile, void* partial_score, int64_t score_stride) {
   visit_dtype(p.a.rows.dtype, [&](auto* x) {
     using X = std::remove_pointer_t<decltype(x)>;
     if constexpr (sizeof(X) == 2)  // float32 weights are rounded to the rows' dtype while they are packed
-      if (p.weight.dtype == Dtype::float32)
-        return grouped_gemm_tile<X, float>(p, expert, row_begin, row_end, col_begin, col_end, partial_score,
-                                           score_stride);
-    grouped_gemm_tile<X, X>(p, expert, row_begin, row_end, col_begin, col_end, partial_score, score_stride);
+      if (p.weight.dtype == Dtype::float32) return grouped_gemm_tile<X, float>(p, tile, partial_score, score_stride);
+    grouped_gemm_tile<X, X>(p, tile, partial_score, score_stride);
   });
 }
 

@@ -11,6 +11,11 @@ namespace moe {
 inline constexpr int kTileRows = 192;
 inline constexpr int kTileCols = 256;
 
+// The rows of one expert, and the columns of the result (inner columns where an activation follows), that a tile holds.
+struct Tile {
+  int64_t expert, row_begin, rows, col_begin, cols;
+};
+
 struct Kernels {
   const char* name;
 
@@ -25,10 +30,8 @@ struct Kernels {
   void (*combine)(const CombineParams&, int64_t begin, int64_t end);
   void (*combine_backward)(const CombineBackwardParams&, int64_t begin, int64_t end);
 
-  // One tile: rows row_begin..row_end of one expert, columns col_begin..col_end. partial_score [R, score_stride] takes
-  // the tile's share of grad_score.
-  void (*grouped_gemm)(const GroupedGemmParams&, int64_t expert, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                       int64_t col_end, void* partial_score, int64_t score_stride);
+  // partial_score [R, score_stride] takes the tile's share of grad_score.
+  void (*grouped_gemm)(const GroupedGemmParams&, const Tile& tile, void* partial_score, int64_t score_stride);
   // Of an expert's [N, K] gradient a tile's rows from n_begin on, columns k_begin..k_end, where k_begin is a tile's
   // first.
   void (*grouped_gemm_weight_grad)(const WeightGradParams&, int64_t expert, int64_t row_begin, int64_t row_end,
