@@ -16,6 +16,8 @@ WIDEST = torch.float64 if DEVICE == "cpu" else torch.float32  # the others have 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([WIDEST] if DEVICE == "cpu" else [])]
 LOW = [torch.bfloat16, torch.float16]
 
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernels")
+
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -110,7 +110,7 @@ def switches():
 
 @pytest.fixture
 def batch_invariant(switches):
-    """Asks for it: the CPU's few rows and many, plain weights and packed ones, sum in one order."""
+    """Batch invariance: plain weights and packed ones sum in one order, for any number of rows."""
     from moe_ops import set_batch_invariant
 
     set_batch_invariant(True)

@@ -24,6 +24,7 @@ from cases import (
     integers,
     layouts,
     offsets_of,
+    on_cpu,
     randn,
     same_rows,
     some_dropped,
@@ -259,7 +260,7 @@ def test_large_weight_gradients(k, dtype, out, device, instruction_set):
 @pytest.mark.parametrize("across", [False, True])
 @every_dtype
 def test_a_row_does_not_depend_on_the_others(dtype, across, k, device, instruction_set, switches):
-    """The same bits whether an expert has one row or many; of up to 64 rows in all where that is asked for."""
+    """The same bits whether an expert has one row or many; batch invariance is asked for up to 64 in all."""
     a, w = place(randn(100, k, dtype=dtype), device), place(randn(2, 70, k, dtype=dtype, seed=1), device)
     if across:
         w = w.mT.contiguous().mT
@@ -272,15 +273,12 @@ def test_a_row_does_not_depend_on_the_others(dtype, across, k, device, instructi
     assert_bitwise_equal(shifted, together)
 
 
-of_dot_products = pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's dot products")
-
-
-@of_dot_products
+@on_cpu
 @pytest.mark.parametrize("k", [1, 40, 1030, 12001])
 @pytest.mark.parametrize("n", [1, 31, 300])
-@pytest.mark.parametrize("dtype, stored", [*((dtype, dtype) for dtype in DTYPES), *((low, torch.float32) for low in LOW)])
+@pytest.mark.parametrize("dtype, stored", [*((d, d) for d in DTYPES), *((d, torch.float32) for d in LOW)])
 def test_dot_products_are_exact_where_sums_are(dtype, stored, n, k, instruction_set, switches):
-    """Whole numbers: the sums of few rows are in another order than those of many, and in their places."""
+    """Whole numbers, exact in any order: few rows equal many, each sum in its place."""
     a, w = integers(8, k, dtype=dtype), integers(1, n, k, dtype=stored, seed=1)
     moe_ops.set_batch_invariant(True)
     expected = moe_ops.grouped_gemm(a, w, offsets_of([8]))
@@ -290,7 +288,7 @@ def test_dot_products_are_exact_where_sums_are(dtype, stored, n, k, instruction_
         assert_bitwise_equal(ours, expected[:rows], f"{rows} rows")
 
 
-@of_dot_products
+@on_cpu
 @every_dtype
 def test_dot_products_do_not_depend_on_the_other_rows(dtype, instruction_set):
     """The same bits for any number of rows that is few, whatever other experts have."""

@@ -99,7 +99,7 @@ def test_any_number_of_threads_and_run_to_run(dtype, weight_on, device, threads,
 def test_a_token_does_not_depend_on_the_others(dtype, device, instruction_set, switches):
     """Alone, in a small batch, in another order: the same bits, in y and in the gradients of x and of its weights.
 
-    With up to 64 rows in all, where that is asked for."""
+    Batch invariance is asked for up to 64 rows in all."""
     case = Case("", tokens=120, experts=5, top_k=2, hidden=130, inner=70, choose=distinct)
     tensors, ids, gradient = random_tensors(case, dtype), case.ids(), randn(120, 130, dtype=dtype, seed=9)
 
@@ -143,8 +143,8 @@ def test_few_tokens_of_a_wide_layer(kind, layout, dtype, device, instruction_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 @pytest.mark.parametrize("tokens", [1, 4, 6])
-def test_few_tokens_are_as_accurate(tokens, layout, dtype, device, instruction_set):
-    """Without batch invariance, in dot products on the CPU: gates and ups in several tiles, K in several pieces."""
+def test_few_tokens_are_accurate(tokens, layout, dtype, device, instruction_set):
+    """Without batch invariance, in dot products on the CPU: gates and ups in several tiles, K in several blocks."""
     hidden, inner = 5800 if DEVICE == "cpu" else 300, 130
     tensors = {
         "x": randn(tokens, hidden, dtype=dtype),

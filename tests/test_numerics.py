@@ -5,7 +5,7 @@ import torch
 
 import moe_ops
 from accuracy import assert_bitwise_equal, place
-from cases import DEVICE, Case, distinct, every_dtype, offsets_of, powers, randn, unaligned
+from cases import DEVICE, Case, distinct, every_dtype, offsets_of, on_cpu, powers, randn, unaligned
 from moe_ops import _C, library, numerics
 
 pytestmark = pytest.mark.usefixtures("switches")
@@ -192,7 +192,7 @@ def test_backward_does_what_forward_did(call, enabled, device):
         assert_bitwise_equal(mine, other, name)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU")
+@on_cpu
 def test_the_cpu_has_no_tf32():
     a, w, grad, offsets = operands(torch.device("cpu"))
     operator, weight_grad = torch.ops.moe_ops.grouped_gemm, torch.ops.moe_ops.grouped_gemm_weight_grad

@@ -1,4 +1,4 @@
-"""prepack: the same bits as with the weight itself, in every use, where few rows sum as many do; what a PackedWeight is, and what it refuses."""
+"""prepack: with batch invariance the bits of the weight itself, in every use; what a PackedWeight is, and refuses."""
 
 import pickle
 import re
@@ -53,7 +53,9 @@ def test_grouped_gemm_gives_the_same_bits(counts, n, k, biased, dtype, instructi
     "tokens, hidden, inner, experts, top_k",
     [(40, 24, 50, 3, 2), (3, 65, 33, 4, 2), (150, 64, 300, 2, 1), (1, 40, 128, 4, 2), (7, 5, 1, 2, 2), (0, 4, 4, 2, 1)],
 )
-def test_moe_mlp_gives_the_same_bits(tokens, hidden, inner, experts, top_k, kind, dtype, instruction_set, batch_invariant):
+def test_moe_mlp_gives_the_same_bits(
+    tokens, hidden, inner, experts, top_k, kind, dtype, instruction_set, batch_invariant
+):
     """Ups that begin within a panel, gates and ups that alternate; either weight packed, or both."""
     wide = inner if kind == "plain" else 2 * inner
     x, weights = randn(tokens, hidden, dtype=dtype), randn(tokens, top_k, seed=1)

@@ -69,11 +69,14 @@ void grouped_gemm(const GroupedGemmParams& p, const Device&) {
   std::vector<Tile> tiles;
   for (int64_t e = 0; e < p.num_experts; ++e) {
     const int64_t rows = offsets[e + 1] - offsets[e], blocks = ceil_div(rows, kTileRows);
-    for (int64_t tile = 0; tile < col_tiles; ++tile)
+    for (int64_t col = 0; col < col_tiles * tile_cols; col += tile_cols)
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = rows * block / blocks, col = tile * tile_cols;
-        tiles.push_back(
-            {e, offsets[e] + begin, rows * (block + 1) / blocks - begin, col, std::min(tile_cols, cols - col)});
+        const int64_t begin = rows * block / blocks, next = rows * (block + 1) / blocks;
+        tiles.push_back({.expert = e,
+                         .row_begin = offsets[e] + begin,
+                         .rows = next - begin,
+                         .col_begin = col,
+                         .cols = std::min(tile_cols, cols - col)});
       }
   }
 

@@ -1,6 +1,6 @@
 // Every operator of the library, in dataflow order. Each has its public function, fake and docstring in python/moe_ops.
 // Options that are one of several names travel as the number of the enumerator in stages/params.h. allow_tf32
-// chooses among CUDA's kernels; batch_invariant among either device's.
+// chooses among CUDA's kernels, batch_invariant among the CPU's too.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moe_ops, m) {

@@ -12,9 +12,9 @@ from moe_ops.types import PackedWeight
 def prepack(weight: Tensor, *, dtype: Any = None) -> PackedWeight:
     """Packs an expert weight for many calls of grouped_gemm or moe_mlp without gradients.
 
-    Results are those of the weight as it is, in every use: w of grouped_gemm, w_in (plain, concatenated or
-    interleaved) or w_out of moe_mlp; bitwise but for an expert's few rows, and for those after
-    set_batch_invariant(True). It is a copy, without a gradient: later changes of the weight do not reach it.
+    For every use of the weight: w of grouped_gemm, w_in (plain, concatenated or interleaved) or w_out of moe_mlp. After
+    set_batch_invariant(True) results are bitwise those of the weight as it is; without it, an expert's few rows may
+    differ by rounding. It is a copy, without a gradient: later changes of the weight do not reach it.
 
     Args:
         weight: [E, N, K], any float dtype and strides, on the CPU.

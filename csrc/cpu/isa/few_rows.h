@@ -1,7 +1,7 @@
-// Few rows: bound by reading the weights, which are read once, where they lie. Where their unit stride runs across the
-// reduction, vectors of a row are multiplied as they are. Where it runs along, a square of them is transposed in
-// registers and multiplied there, never packed. Sums run in the order and in the blocks of multiply.h, so that a row's
-// result does not depend on which of the two computed it.
+// Few rows (the fewest along the reduction: dot_rows.h): bound by reading the weights, which are read once, where they
+// lie. Where their unit stride runs across the reduction, vectors of a row are multiplied as they are. Where it runs
+// along, a square of them is transposed in registers and multiplied there, never packed. Sums run in the order and in
+// the blocks of multiply.h, so that a row's result does not depend on which of the two files computed it.
 #pragma once
 
 #include <bit>
@@ -100,15 +100,24 @@ inline int64_t rows_taken(int64_t count) {
   return rows;
 }
 
+// Zeros the rows that are taken besides: what they hold is multiplied, though never stored.
+template <class Ar>
+void clear_rows_besides(int64_t count, int64_t depth, typename Ar::Element* a) {
+  const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(depth, Ar::kDepth));
+  for (int64_t row = count; row < rows_taken(count); ++row)
+    std::memset(a + row * kFewRowsStride<Ar>, 0, read * sizeof(*a));
+}
+
 // c[n, cols] (+)= a[n, depth] . weights[cols, depth]^T, in the order of LaneRows: columns_in_order puts them in their
 // places. behind: as many columns that are multiplied next, or null; asked for.
 template <class Ar, class X, class S, int rows = 1>
-void multiply_few(int64_t n, const typename Ar::Element* a, const S* weight, const S* behind, int64_t n_stride,
-                  int64_t cols, int64_t depth, typename Ar::C* c, bool first) {
+void multiply_few_squares(int64_t n, const typename Ar::Element* a, const S* weight, const S* behind, int64_t n_stride,
+                          int64_t cols, int64_t depth, typename Ar::C* c, bool first) {
   using C = typename Ar::C;
   constexpr int lanes = kLanes<C>;
   if constexpr (rows < kFewRows) {
-    if (n > rows) return multiply_few<Ar, X, S, more_rows(rows)>(n, a, weight, behind, n_stride, cols, depth, c, first);
+    if (n > rows)
+      return multiply_few_squares<Ar, X, S, more_rows(rows)>(n, a, weight, behind, n_stride, cols, depth, c, first);
   }
   const int64_t groups = cols / lanes, rest = groups * lanes, unit = kUnit<C> * n_stride, run = groups * unit;
   const int64_t lines = depth * int64_t(sizeof(S)) / kLine;

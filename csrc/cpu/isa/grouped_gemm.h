@@ -1,6 +1,7 @@
 // The ragged-M product, a tile at a time: along the reduction in blocks, the next ones packed while these are
 // multiplied; then the epilogue. An element is summed in order of the reduction, in blocks whose bounds depend on the
-// problem alone: neither the other rows of the batch nor the number of threads can change a result.
+// problem alone, so that neither the other rows of the batch nor the number of threads can change a result; dot_rows.h
+// alone sums otherwise, where batch invariance is not asked for.
 #pragma once
 
 #include "cpu/isa/beside.h"
@@ -102,46 +103,43 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
   }
 }
 
-// How few rows meet weights as they lie: along the reduction in dot products or in transposed squares, or across it.
-enum class Few { dots, squares, across };
+// The ways of multiplying few rows by weights as they lie: along the reduction as dot products or by squares that are
+// transposed, or across it.
+enum class FewRows { dots, squares, across };
 
 // Few rows: as much of them as fits is packed, then the weights stream by.
-template <Few way, class Ar, class X, class W>
+template <FewRows way, class Ar, class X, class W>
 void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  constexpr int64_t kStride = way == Few::dots ? kDotStride<Ar> : kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
-  if constexpr (way != Few::dots) {
-    // Rows that are taken besides: what they hold is multiplied, though never stored.
-    const int64_t read = round_to_lanes<typename Ar::C>(ceil_div(min(w.depth, kDepth), Ar::kDepth));
-    for (int64_t row = a.count; row < rows_taken(a.count); ++row)
-      std::memset(blocks.a[0] + row * kStride, 0, read * sizeof(blocks.a[0][0]));
-  }
+  constexpr int64_t kStride = way == FewRows::dots ? kDotStride<Ar> : kFewRowsStride<Ar>, kDepth = kStride * Ar::kDepth;
+  if (way != FewRows::dots) clear_rows_besides<Ar>(a.count, min(w.depth, kDepth), blocks.a[0]);
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a[0], kStride);
     for (int64_t half = 0; half <= w.gated; ++half) {
       const W* weights = w.run(half) + k * w.k_stride;
       auto* const to = blocks.tile + half * kTileCols / 2;
-      if constexpr (way == Few::dots)
-        dot_rows<Ar, X>(a.count, blocks.a[0], weights, w.col_stride(), w.cols, depth, to, k == 0);
-      else if constexpr (way == Few::squares)
-        multiply_few<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr, w.col_stride(),
-                            w.cols, depth, to, k == 0);
+      if constexpr (way == FewRows::dots)
+        multiply_few_dots<Ar, X>(a.count, blocks.a[0], weights, w.col_stride(), w.cols, depth, to, k == 0);
+      else if constexpr (way == FewRows::squares)
+        multiply_few_squares<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr,
+                                    w.col_stride(), w.cols, depth, to, k == 0);
       else multiply_few_across<Ar, X>(a.count, blocks.a[0], weights, w.k_stride, w.cols, depth, to, k == 0);
     }
   }
-  if constexpr (way == Few::squares)
+  if constexpr (way == FewRows::squares)
     for (int64_t half = 0; half <= w.gated; ++half)
       columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
 
 template <class Ar, class X, class W>
-void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
+void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, bool batch_invariant,
+                   Blocks<Ar>& blocks) {
   if constexpr (std::is_same_v<X, W>)  // prepack has rounded
     if (w.prepacked) return multiply_prepacked<Ar>(a, w, blocks);
   const bool few = a.count <= kFewRows, along = w.k_stride == 1;
-  if (along && a.count <= kDotRows<W> && !a.batch_invariant) multiply_unpacked<Few::dots, Ar>(a, w, blocks);
-  else if (few && along) multiply_unpacked<Few::squares, Ar>(a, w, blocks);
-  else if (few && w.col_stride() == 1) multiply_unpacked<Few::across, Ar>(a, w, blocks);
+  if (along && a.count <= kDotRows<W> && !batch_invariant) multiply_unpacked<FewRows::dots, Ar>(a, w, blocks);
+  else if (few && along) multiply_unpacked<FewRows::squares, Ar>(a, w, blocks);
+  else if (few && w.col_stride() == 1) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
   else if (along) multiply_packed<true, Ar>(a, w, blocks);
   else multiply_packed<false, Ar>(a, w, blocks);
 }
@@ -151,7 +149,7 @@ void grouped_gemm_tile(const GroupedGemmParams& p, const Tile& tile, void* parti
   using Ar = Arithmetic<X>;
   using C = typename Ar::C;
   auto& blocks = Blocks<Ar>::of_thread();
-  TileRows<X, C> a{.scaled = bool(p.a.scale), .batch_invariant = p.batch_invariant, .count = tile.rows};
+  TileRows<X, C> a{.scaled = bool(p.a.scale), .count = tile.rows};
   find_rows(p.a, tile.row_begin, tile.rows, a.rows, a.scale);
   C* const share = p.grad_score ? static_cast<C*>(partial_score) + tile.col_begin / kTileCols : nullptr;
   if (share && p.score_bias && tile.col_begin == 0)
@@ -169,7 +167,7 @@ void grouped_gemm_tile(const GroupedGemmParams& p, const Tile& tile, void* parti
       .cols = tile.cols,
       .gated = gated,
       .prepacked = p.weight.prepacked};
-  multiply_tile<Ar>(a, w, blocks);
+  multiply_tile<Ar>(a, w, p.batch_invariant, blocks);
 
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<X>(p, tile, blocks.tile);

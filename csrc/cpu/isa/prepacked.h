@@ -1,5 +1,5 @@
 // Weights packed ahead (ExpertWeights in stages/params.h): panels are multiplied where they lie, whatever the number of
-// rows. Blocks and sums are those of multiply.h, so that packing ahead does not change a bit of a result.
+// rows. Blocks and sums are those of multiply.h, so that packing ahead changes no bit, except against dot_rows.h.
 #pragma once
 
 #include "cpu/isa/beside.h"

@@ -11,7 +11,7 @@ namespace moe {
 inline constexpr int kTileRows = 192;
 inline constexpr int kTileCols = 256;
 
-// The rows of one expert, and the columns of the result (inner columns where an activation follows), that a tile holds.
+// A tile: rows of one expert, and columns of the result (inner columns where an activation follows).
 struct Tile {
   int64_t expert, row_begin, rows, col_begin, cols;
 };

@@ -24,7 +24,7 @@ template <class X, class C>
 struct TileRows {
   const X* rows[kTileRows];
   C scale[kTileRows];
-  bool scaled, batch_invariant;
+  bool scaled;
   int64_t count;
 };
 
