@@ -1,5 +1,7 @@
 """Real processes over Gloo on loopback: `run(4, function, ...)` calls it on every rank and gives what each returned."""
 
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -12,6 +14,8 @@ from multiprocessing.connection import wait
 # Forked from a process that has imported torch once: a rank starts in a tenth of a second.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.tensor", "moe_ops"])
+
+_stores = itertools.count()
 
 TIMEOUT = 60.0  # seconds, of a process group unless a test of faults says otherwise
 
@@ -50,13 +54,19 @@ def _rank(function, arguments, rank, world, store, timeout, answer):
         dist.destroy_process_group()
 
 
+@functools.cache
+def _folder():
+    """Where the ranks of a group find each other; removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="moe_ops_ranks")
+
+
 def start(world, function, *arguments, timeout=TIMEOUT):
     """Starts the ranks; returns their processes and the ends of the pipes on which they answer (result, error)."""
-    folder = tempfile.mkdtemp(prefix="moe_ops_ranks")
+    store = os.path.join(_folder().name, f"store{next(_stores)}")
     processes, answers = [], []
     for rank in range(world):
         ours, theirs = _context.Pipe(duplex=False)
-        given = (function, arguments, rank, world, os.path.join(folder, "store"), timeout, theirs)
+        given = (function, arguments, rank, world, store, timeout, theirs)
         process = _context.Process(target=_rank, args=given, daemon=True)
         process.start()
         theirs.close()

@@ -96,12 +96,15 @@ def test_any_number_of_threads_and_run_to_run(dtype, weight_on, device, threads,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_does_not_depend_on_the_others(dtype, device, instruction_set, switches):
+@pytest.mark.parametrize("across", [False, True])
+def test_a_token_does_not_depend_on_the_others(across, dtype, device, instruction_set, switches):
     """Alone, in a small batch, in another order: the same bits, in y and in the gradients of x and of its weights.
 
     Batch invariance is asked for up to 64 rows in all."""
     case = Case("", tokens=120, experts=5, top_k=2, hidden=130, inner=70, choose=distinct)
     tensors, ids, gradient = random_tensors(case, dtype), case.ids(), randn(120, 130, dtype=dtype, seed=9)
+    if across:  # so that backward reads weights along its reduction
+        tensors |= {n: tensors[n].mT.contiguous().mT for n in ("w_in", "w_out")}
 
     def run(tokens):
         part = tensors | {n: tensors[n][tokens] for n in ("x", "weights")}
