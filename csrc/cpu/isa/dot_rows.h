@@ -11,12 +11,13 @@
 
 namespace moe::MOE_ISA {
 
-// The most rows of A for weights of type S: more are read faster by transposing squares (few_rows.h).
-template <class S>
-inline constexpr int kDotRows = sizeof(S) == 2 ? 6 : 4;
+// The most rows of A, for weights of type S: more are multiplied faster by transposing squares (few_rows.h). Between
+// them lie as many Elements as a tile's block of A has room for.
 inline constexpr int kMostDotRows = 6;
+template <class S>
+inline constexpr int kDotRows = sizeof(S) == 2 ? kMostDotRows : 4;
 template <class Ar>
-inline constexpr int64_t kDotStride = kTileRows / kMostDotRows * RowsOfA<Ar>::kRowStride;  // Elements between rows of A
+inline constexpr int64_t kDotStride = kTileRows / kMostDotRows * RowsOfA<Ar>::kRowStride;
 
 // Runs of weight rows that are read side by side: four where a step is short enough for the processor to look ahead by
 // itself, else two, asked for kDotBytesAhead ahead, into L1.
