@@ -249,6 +249,16 @@ def test_weight_gradients_of_any_number_of_rows(n, k, dtype, out, device, instru
         assert_bitwise_equal(added, exact + 1, "added to ones")
 
 
+@on_cpu
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+def test_weight_gradients_below_the_smallest_normal_number(out, instruction_set):
+    """Beside zeros and normal numbers."""
+    grad = integers(400, 200, dtype=torch.float32, limit=1) * 2.0**-70
+    a = integers(400, 330, dtype=torch.float32, seed=1, limit=1) * torch.where(torch.arange(330) % 90 < 50, 1, 2.0**-63)
+    ours = torch.ops.moe_ops.grouped_gemm_weight_grad(grad, a, offsets_of([400]), None, 1, out, False)
+    assert_bitwise_equal(ours[0], (grad.double().T @ a.double()).to(out))
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="large, for what the CPU does with large outputs")
 @pytest.mark.parametrize("dtype, out", [*OUTPUTS, (torch.float32, torch.float64)])
 @pytest.mark.parametrize("k", [1056, 72])

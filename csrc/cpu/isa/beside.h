@@ -106,11 +106,15 @@ struct PanelBeside {
   }
 };
 
-// Panels of rows that lie across the reduction: a piece is a vector of a row, or of a pair of them.
+// Panels of rows that lie across the reduction: a piece is what becomes Elements at a time of a row, or of a pair.
 template <class Ar, class X, class Rows>
 struct AcrossBeside {
   using C = typename Ar::C;
   using S = typename Rows::Value;
+  using Columns = Across<Ar, X, S>;
+  // Interleaving is so little work that more of it still hides in the multiply-adds.
+  static constexpr int kMost = Columns::kInterleaves ? 8 : kMostPieces;
+  static constexpr int64_t kPanelPieces = kPanel<Ar> / Columns::kCols * kBlockSteps;
 
   Rows rows, behind;                  // behind: packed after these; asked for
   int64_t cols, steps, whole, ahead;  // whole, ahead: steps; ahead: to the row that is asked for
@@ -127,22 +131,22 @@ struct AcrossBeside {
         steps(ceil_div(depth, Ar::kDepth)),
         whole(contiguous && cols % kPanel<Ar> == 0 ? depth / Ar::kDepth : 0),
         to(to),
-        pieces(Pieces::spread(cols / kLanes<C> * whole, turns)) {
+        pieces(Pieces::spread(cols / Columns::kCols * whole, turns, kMost)) {
     if (pieces.left == 0) whole = 0;
-    ahead = min(whole, 8);
+    ahead = min(whole, 24);
   }
 
   MOE_INLINE void piece() {
     const int64_t k = step * Ar::kDepth, second = k + Ar::kDepth - 1;
-    const S* const from[2] = {rows.at(k) + col, rows.at(second) + col};
+    const S* const from[2] = {rows.at(k), rows.at(second)};
     const C scales[2] = {C(rows.scale_at(k)), C(rows.scale_at(second))};
     const int64_t later = step + ahead;
     const Rows& from_later = later < whole ? rows : behind;
     const int64_t k_later = (later < whole ? later : later - whole) * Ar::kDepth;
     for (int i = 0; i < Ar::kDepth; ++i) __builtin_prefetch(from_later.at(k_later + i) + col, 0, 2);
-    store_vector(to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>,
-                 Reader<Ar, X, S>::across_k(from, kLanes<C>, scales, rows.scaled));
-    col += kLanes<C>;
+    Columns::store(from, col, scales, rows.scaled,
+                   to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);
+    col += Columns::kCols;
     if (col == cols) col = 0, ++step;
   }
 };

@@ -150,7 +150,8 @@ template <class Ar, class X, class S, int rows, int vectors>
 void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
                      typename Ar::C* sums) {
   using C = typename Ar::C;
-  constexpr int lanes = kLanes<C>;
+  using Columns = Across<Ar, X, S>;
+  constexpr int lanes = kLanes<C>, kGroup = vectors > 1 ? Columns::kVectors : 1;
   const C scales[2] = {1, 1};
   Vec<C> acc[rows][vectors];
 #pragma GCC unroll 16
@@ -163,12 +164,15 @@ void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_s
       for (int64_t col = 0; col < vectors * lanes; col += kLine / sizeof(S))
         __builtin_prefetch(weight + (k + i + kAcrossSteps * Ar::kDepth) * k_stride + col, 0, 2);
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) {
-      const S* from[2] = {at[0] + v * lanes, at[1] ? at[1] + v * lanes : nullptr};
-      const auto values = Reader<Ar, X, S>::across_k(from, vectors > 1 ? lanes : cols, scales, false);
+    for (int v = 0; v < vectors; v += kGroup) {
+      Vec<typename Ar::Element> values[kGroup];
+      if constexpr (vectors > 1) Columns::read(at, v * lanes, scales, false, values);
+      else values[0] = Columns::read_vector(at, 0, cols, scales, false);
+#pragma GCC unroll 2
+      for (int i = 0; i < kGroup; ++i)
 #pragma GCC unroll 16
-      for (int row = 0; row < rows; ++row)
-        acc[row][v] = Ar::step(acc[row][v], broadcast(a[row * kFewRowsStride<Ar>]), values);
+        for (int row = 0; row < rows; ++row)
+          acc[row][v + i] = Ar::step(acc[row][v + i], broadcast(a[row * kFewRowsStride<Ar>]), values[i]);
     }
   }
 #pragma GCC unroll 16

@@ -34,7 +34,8 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
 // such a chunk is as wide as the tile, in one buffer.
 template <bool along, class Ar, class X, class W>
 struct WeightChunks {
-  using Packing = std::conditional_t<along, PanelBeside<Ar, X, W>, AcrossBeside<Ar, X, StridedRows<W>>>;
+  using Beside = AcrossBeside<Ar, X, StridedRows<W>>;
+  using Packing = std::conditional_t<along, PanelBeside<Ar, X, W>, Beside>;
   struct Chunk {
     const W* weights = nullptr;
     int64_t k = 0, depth = 0, cols = 0, tile_col = 0;
@@ -43,7 +44,7 @@ struct WeightChunks {
 
   const TileWeights<W>& w;
   int64_t rows;  // that are multiplied
-  bool wide = !along && rows * kMostPieces < kMicroRows * kMicroVectors * kTurnSteps;
+  bool wide = !along && turns_of_block<Ar>(rows, kPanel<Ar>, kBlockSteps) * Beside::kMost < Beside::kPanelPieces;
   int64_t cols = along ? kPanel<Ar> : wide ? kTileCols : 2 * kPanel<Ar>;
   int64_t per_half = ceil_div(w.cols, cols), per_block = w.gated ? 2 * per_half : per_half;
   int64_t count = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;
@@ -94,8 +95,9 @@ void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>&
     auto weights = chunks.beside(next, chunks.at(min(i + 2, chunks.count - 1)), next_b, chunks.wide ? 0 : turns);
     if (in_block == 0)
       rows = {a, end, min(end + kBlockDepth<Ar>, w.depth), blocks.a[(block + 1) % 2], 0, turns * chunks.per_block};
-    multiply_block<Ar, RowsOfA<Ar>>(blocks.a[block % 2], b, a.count, c.cols, c.steps(), blocks.tile + c.tile_col,
-                                    c.k == 0, weights.whole ? Ahead{} : chunks.ahead(next), weights, rows);
+    const TileSums<typename Ar::C> sums{blocks.tile + c.tile_col, c.k == 0};
+    multiply_block<Ar, RowsOfA<Ar>>(blocks.a[block % 2], b, a.count, c.cols, c.steps(), kMicroCols<Ar>, sums,
+                                    weights.whole ? Ahead{} : chunks.ahead(next), weights, rows);
     finish_pieces(weights);
     chunks.pack(next, next_b, weights.whole);
     if (in_block == chunks.per_block - 1) rows.finish();

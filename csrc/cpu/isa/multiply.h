@@ -76,14 +76,14 @@ struct Ahead {
 // rows, does some pieces of other work: so little at a time costs next to nothing, where the same work between two
 // calls costs its time.
 inline constexpr int kTurnSteps = 8;
-inline constexpr int kMostPieces = 2;  // of a kind of work at a turn: all at once is faster than more
+inline constexpr int kMostPieces = 2;  // of most kinds of work at a turn: all at once is faster than more
 
 // Pieces that are left of such work, and how many a turn does: none where it would have to do too many.
 struct Pieces {
   int64_t left = 0, each = 0;
 
-  static Pieces spread(int64_t count, int64_t turns) {
-    return count <= kMostPieces * turns ? Pieces{count, ceil_div(count, turns > 0 ? turns : 1)} : Pieces{};
+  static Pieces spread(int64_t count, int64_t turns, int64_t most = kMostPieces) {
+    return count <= most * turns ? Pieces{count, ceil_div(count, turns > 0 ? turns : 1)} : Pieces{};
   }
 };
 
@@ -102,12 +102,28 @@ MOE_INLINE void join_sum(C* to, Vec<C> sum, bool first) {
   store<C>(to, (first ? Vec<C>{} : load<C>(to)) + sum);
 }
 
-// c[rows, kMicroCols] (+)= a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth. A block's sum
-// starts from zero and joins c at the end: the error grows with the block's depth, not with the length of the whole
+// Sums of a block that join those of a tile.
+template <class C>
+struct TileSums {
+  C* c;
+  bool first;
+
+  TileSums at(int64_t row, int64_t col) const { return {c + row * kTileCols + col, first}; }
+  template <int rows>
+  MOE_INLINE void take(const Vec<C> (&sums)[rows][kMicroVectors]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kMicroVectors; ++j) join_sum<C>(c + i * kTileCols + j * kLanes<C>, sums[i][j], first);
+  }
+};
+
+// a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth, which `to` takes. A block's sum starts
+// from zero and joins those before at the end: the error grows with the block's depth, not with the length of the whole
 // reduction. At each turn a share of the work `beside` is done.
-template <class Ar, class Layout, int rows, class... Work>
-void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, typename Ar::C* c,
-              bool first, const Ahead& ahead, Work&... beside) {
+template <class Ar, class Layout, int rows, class To, class... Work>
+void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, const To& to,
+              const Ahead& ahead, Work&... beside) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
@@ -138,22 +154,17 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
     }
   }
 
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kMicroVectors; ++j) {
-      join_sum<C>(c + i * kTileCols + j * lanes, acc[i][j], first);
-    }
+  to.template take<rows>(acc);
 }
 
 // Any number of rows up to kMicroRows. Fewer have no turns, so that the work beside is compiled into one multiply only.
-template <class Ar, class Layout, int rows = kMicroRows, class... Work>
+template <class Ar, class Layout, int rows = kMicroRows, class To, class... Work>
 MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth,
-                              typename Ar::C* c, bool first, const Ahead& ahead, Work&... beside) {
+                              const To& to, const Ahead& ahead, Work&... beside) {
   if constexpr (rows == 0) return;
-  else if (n != rows) multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, c, first, ahead, beside...);
-  else if constexpr (rows == kMicroRows) multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead, beside...);
-  else multiply<Ar, Layout, rows>(a, b, depth, c, first, ahead);
+  else if (n != rows) multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, to, ahead, beside...);
+  else if constexpr (rows == kMicroRows) multiply<Ar, Layout, rows>(a, b, depth, to, ahead, beside...);
+  else multiply<Ar, Layout, rows>(a, b, depth, to, ahead);
 }
 
 // Rows of the next call where `left` remain: kMicroRows, or half of what remains where the last call would be left with
@@ -171,20 +182,22 @@ int64_t turns_of_block(int64_t rows, int64_t cols, int64_t depth) {
   return calls * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kTurnSteps);
 }
 
-// c[rows, cols] (+)= A block . B block, where B is packed in panels.
-template <class Ar, class Layout, class... Work>
+// The products of A block [rows, depth] and B block [depth, cols], which is packed in panels: `width` columns of all
+// rows, then the next ones.
+template <class Ar, class Layout, class To, class... Work>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
-                    int64_t depth, typename Ar::C* c, bool first, const Ahead& ahead, Work&... beside) {
-  const int64_t row_steps = ceil_div(rows, kMicroRows), calls = row_steps * ceil_div(cols, kMicroCols<Ar>);
+                    int64_t depth, int64_t width, const To& to, const Ahead& ahead, Work&... beside) {
+  const int64_t calls = ceil_div(rows, kMicroRows) * ceil_div(cols, kMicroCols<Ar>);
   int64_t call = 0;
-  for (int64_t col = 0; col < cols; col += kMicroCols<Ar>) {
-    const int64_t in_panel = col % kPanel<Ar>;
-    for (int64_t row = 0, n; row < rows; row += n, ++call) {
+  for (int64_t begin = 0; begin < cols; begin += width)
+    for (int64_t row = 0, n; row < rows; row += n) {
       n = rows_of_call(rows - row);
-      multiply_rows<Ar, Layout>(n, a + row * Layout::kRowStride, b + (col - in_panel) * depth + in_panel, depth,
-                                c + row * kTileCols + col, first, ahead.part(call, calls), beside...);
+      for (int64_t col = begin; col < min(begin + width, cols); col += kMicroCols<Ar>, ++call) {
+        const int64_t in_panel = col % kPanel<Ar>;
+        multiply_rows<Ar, Layout>(n, a + row * Layout::kRowStride, b + (col - in_panel) * depth + in_panel, depth,
+                                  to.at(row, col), ahead.part(call, calls), beside...);
+      }
     }
-  }
 }
 
 }  // namespace moe::MOE_ISA

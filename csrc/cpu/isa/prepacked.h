@@ -123,8 +123,9 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
         if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth, steps);
         else if (i + 1 < panels.count && depth)
           wanted = ahead(panels.panels[i + 1].data + (at_once ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
+        const TileSums<typename Ar::C> sums{blocks.tile + panel.tile_col, k == 0};
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b[0]),
-                                        a.count, panel.cols, steps, blocks.tile + panel.tile_col, k == 0, wanted, rows);
+                                        a.count, panel.cols, steps, kMicroCols<Ar>, sums, wanted, rows);
       }
     }
     rows.finish();

@@ -113,8 +113,17 @@ MOE_INLINE Vec<C> to_compute(Packed<C, S> v) {
   }
 }
 
-// Rounds to nearest even, as PyTorch does; a NaN becomes a quiet NaN.
+// Whether an instruction rounds, for which numbers below the smallest normal one are zeros.
 template <class S, class C>
+inline constexpr bool kRoundingFlushes =
+#ifdef __AVX512BF16__
+    std::is_same_v<S, bfloat16> && kLanes<C> == 16;
+#else
+    false;
+#endif
+
+// Rounds to nearest even, as PyTorch does; a NaN becomes a quiet NaN. may_flush: the caller looks for such zeros.
+template <class S, class C, bool may_flush = false>
 MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   constexpr int n = kLanes<C>;
   if constexpr (std::is_same_v<S, C>) {
@@ -122,10 +131,9 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   } else if constexpr (std::is_same_v<S, bfloat16>) {
     auto f = convert<Vec<float, n>>(v);
 #ifdef __AVX512BF16__
-    // The instruction takes numbers below the smallest normal one for zeros.
     constexpr int kDenormal = 0x20;
-    if constexpr (n == 16)
-      if (__builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(f), kDenormal) == 0, 1))
+    if constexpr (kRoundingFlushes<S, C>)
+      if (may_flush || __builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(f), kDenormal) == 0, 1))
         return bit_cast<Packed<C, S>>(_mm512_cvtneps_pbh(bit_cast<__m512>(f)));
 #endif
     auto bits = bit_cast<Vec<uint32_t, n>>(f);
@@ -147,6 +155,18 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
     return convert<Packed<C, S>>(v);
   }
 }
+
+#ifdef __AVX512BW__
+MOE_INLINE bool any_zero(Vec<uint16_t> v) {
+  return _mm512_test_epi16_mask(bit_cast<__m512i>(v), bit_cast<__m512i>(v)) != 0xffffffff;
+}
+#else
+MOE_INLINE bool any_zero(Vec<uint16_t> v) {
+  bool any = false;
+  for (int i = 0; i < kLanes<uint16_t>; ++i) any |= v[i] == 0;
+  return any;
+}
+#endif
 
 // The first n values, none where n is negative; the other lanes are zero.
 template <class C, class S>

@@ -6,36 +6,89 @@
 
 namespace moe::MOE_ISA {
 
-// Results that are stored while the next ones are computed: a piece is a line, or a vector where that is more.
-template <class S, class C>
-struct GradientBeside {
-  static constexpr int kCols = kLanes<C> * int(sizeof(S)) < kLine ? kLine / int(sizeof(S)) : kLanes<C>;
+template <class V, int... lane>
+MOE_INLINE auto join(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, lane...);
+}
 
-  const C* values;
-  int64_t rows, cols;
+// Takes the sums of a block: they join those of the blocks before in the tile, and the last ones are the gradient.
+template <class S, class C>
+struct Gradient {
+  static constexpr int kCols = kMicroVectors * kLanes<C>, kVectors = kMicroRows * kMicroVectors;
+  static_assert(kMicroVectors == 2);
+
+  TileSums<C> tile;
+  bool last, accumulate, streamed;
+  int64_t cols;  // that are left
   S* out;
   int64_t stride;
-  bool accumulate, streamed;
-  Pieces pieces;
-  int64_t row = 0, col = 0;
 
-  MOE_INLINE void store_vector_at(S* to, const C* from, int64_t n) const {
-    const auto value = load<C>(from);
-    if (accumulate) store<C>(to, load<C>(to, n) + value, n);
-    else if (streamed) stream_vector(to, from_compute<S, C>(value));
-    else store<C>(to, value, n);
+  Gradient at(int64_t row, int64_t col) const {
+    return {tile.at(row, col), last, accumulate, streamed, cols - col, out + row * stride + col, stride};
   }
-  MOE_INLINE void piece() {
-    for (int at = 0; at < kCols && col + at < cols; at += kLanes<C>)
-      store_vector_at(out + row * stride + col + at, values + row * kTileCols + col + at, cols - col - at);
-    col += kCols;
-    if (col >= cols) col = 0, ++row;
+  // Of vector i of kVectors.
+  C* in_tile(int i) const { return tile.c + i / kMicroVectors * kTileCols + i % kMicroVectors * kLanes<C>; }
+  S* in_out(int i) const { return out + i / kMicroVectors * stride + i % kMicroVectors * kLanes<C>; }
+
+  template <int rows>
+  MOE_INLINE void take(const Vec<C> (&sums)[rows][kMicroVectors]) const {
+    if constexpr (rows == kMicroRows)
+      if (last && cols >= kCols) return store_whole(sums);
+    tile.take(sums);
+    if (last) store_from_tile(rows, accumulate);
   }
-  void finish() {
-    for (; row < rows; ++row, col = 0)
-      for (; col < cols; col += kLanes<C>)
-        store_vector_at(out + row * stride + col, values + row * kTileCols + col, cols - col);
-    pieces.left = 0;
+
+  // Straight from the registers of the micro-kernel. Rounded to zero may be what is none: that is looked for in the
+  // results, where it costs least.
+  MOE_INLINE void store_whole(const Vec<C> (&sums)[kMicroRows][kMicroVectors]) const {
+    Vec<C> values[kVectors];
+#pragma GCC unroll 24
+    for (int i = 0; i < kVectors; ++i) {
+      values[i] = (tile.first ? Vec<C>{} : load<C>(in_tile(i))) + sums[i / kMicroVectors][i % kMicroVectors];
+      if (accumulate) values[i] = load<C>(in_out(i)) + values[i];
+    }
+    auto least = ~Vec<uint16_t>{};  // of the results' bits but the sign
+#pragma GCC unroll 24
+    for (int i = 0; i < kVectors; i += kMicroVectors) {
+      const auto a = from_compute<S, C, true>(values[i]), b = from_compute<S, C, true>(values[i + 1]);
+      if constexpr (2 * sizeof(a) == MOE_VECTOR_BYTES) {
+        const auto row = join(a, b, std::make_integer_sequence<int, kCols>());
+        store_result(i, row);
+        if constexpr (kRoundingFlushes<S, C>) least = smaller<uint16_t>(least, row + row);
+      } else {
+        store_result(i, a);
+        store_result(i + 1, b);
+      }
+    }
+    if constexpr (kRoundingFlushes<S, C>)
+      if (__builtin_expect(any_zero(least), 0)) {
+#pragma GCC unroll 24
+        for (int i = 0; i < kVectors; ++i) store_vector(in_tile(i), values[i]);
+        if (any_denormal()) store_from_tile(kMicroRows, false);
+      }
+  }
+  template <class V>
+  MOE_INLINE void store_result(int i, V v) const {
+    if (streamed) stream_vector(in_out(i), v);
+    else std::memcpy(in_out(i), &v, sizeof(v));
+  }
+  __attribute__((noinline)) bool any_denormal() const {
+    constexpr C normal = std::numeric_limits<C>::min();
+    Vec<Bits<C>> any{};
+    for (int i = 0; i < kVectors; ++i) {
+      const auto v = load<C>(in_tile(i));
+      any |= (v != 0) & (v < normal) & (v > -normal);
+    }
+    return sum_lanes<Bits<C>>(any) != 0;
+  }
+  // Fewer rows, columns that do not fill their vectors, and what is rounded with care.
+  __attribute__((noinline)) void store_from_tile(int rows, bool add) const {
+    for (int row = 0; row < rows; ++row)
+      for (int64_t col = 0; col < min(cols, kCols); col += kLanes<C>) {
+        S* const to = out + row * stride + col;
+        const auto sum = load<C>(tile.c + row * kTileCols + col);
+        store<C>(to, add ? load<C>(to, cols - col) + sum : sum, cols - col);
+      }
   }
 };
 
@@ -50,8 +103,7 @@ struct BlockOfRows {
   FoundRows<X, typename Ar::C> from(int64_t col) const { return {rows, scale, bool(operand.scale), col}; }
 };
 
-// Of each tile, of each block of the expert's rows: two panels of a's columns; or all of the tile's, in one buffer,
-// where so few rows are multiplied that a turn would have more than kMostPieces lines to store.
+// Of each tile, of each block of the expert's rows: two panels of a's columns.
 template <class Ar>
 struct GradientChunks {
   struct Chunk {
@@ -59,15 +111,12 @@ struct GradientChunks {
     int64_t steps() const { return ceil_div(depth, Ar::kDepth); }
   };
   int64_t row_begin, row_end, k_end;
-  bool wide = (row_end - row_begin) * kMostPieces * kLine <
-              kMicroRows * kMicroCols<Ar> * kTurnSteps * int64_t(sizeof(typename Ar::C));
 
   int64_t tile_end(int64_t tile) const { return min(tile + kTileCols, k_end); }
   // Behind the last tile they are empty.
   Chunk at(int64_t tile, int64_t row, int64_t col) const {
     if (tile >= k_end) return {tile, row, col, 0, 0};
-    return {tile, row, col, min(row_end - row, kBlockDepth<Ar>),
-            min(tile_end(tile) - col, wide ? kTileCols : 2 * kPanel<Ar>)};
+    return {tile, row, col, min(row_end - row, kBlockDepth<Ar>), min(tile_end(tile) - col, 2 * kPanel<Ar>)};
   }
   Chunk after(const Chunk& c) const {
     if (c.col + c.cols < tile_end(c.tile)) return at(c.tile, c.row, c.col + c.cols);
@@ -76,9 +125,18 @@ struct GradientChunks {
   }
 };
 
+// The gradient of an expert without rows.
+template <class S>
+void store_zeros(S* to, int64_t rows, int64_t cols, int64_t stride, bool streamed) {
+  constexpr int lanes = MOE_VECTOR_BYTES / sizeof(S);
+  for (int64_t row = 0; row < rows; ++row, to += stride)
+    if (!streamed) std::memset(to, 0, cols * sizeof(S));
+    else
+      for (int64_t col = 0; col < cols; col += lanes) stream_vector(to + col, Vec<uint8_t>{});
+}
+
 // The tiles of a strip of rows n_begin.. beside each other. The block of grad is packed once where it holds all rows of
-// the expert. While a chunk of a's columns is multiplied the next one is packed and the results of the one before are
-// stored.
+// the expert. While a chunk of a's columns is multiplied the next one is packed.
 template <class S, class X>
 void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_begin, int64_t row_end, int64_t n_begin,
                        int64_t k_begin, int64_t k_end) {
@@ -89,6 +147,12 @@ void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_be
   // Whole vectors are streamed: those of a result that is wider than C could end in the next row.
   const bool streamed =
       sizeof(S) <= sizeof(C) && !p.accumulate && is_streamed(p.out, p.num_experts * p.n, p.k * int64_t(sizeof(S)));
+  S* const out = static_cast<S*>(p.out) + (expert * p.n + n_begin) * p.k;
+  if (row_begin == row_end) {
+    if (!p.accumulate) store_zeros(out + k_begin, n, k_end - k_begin, p.k, streamed);
+    if (streamed) end_of_stream();
+    return;
+  }
   const bool is_one_block = row_end - row_begin <= kBlockDepth<Ar>;
   BlockOfRows<Ar, X> grad{p.grad}, a{p.a};
   const GradientChunks<Ar> chunks{row_begin, row_end, k_end};
@@ -96,7 +160,6 @@ void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_be
   auto c = chunks.at(k_begin, row_begin, k_begin);
   a.find(c.row, c.depth);
   pack_steps<Ar, X, kPanel<Ar>>(a.from(c.col), c.depth, c.cols, blocks.b[0]);
-  GradientBeside<S, C> gradient{};
   for (int64_t i = 0; c.tile < k_end; ++i) {
     if (i == 0 || (c.col == c.tile && !is_one_block)) {
       grad.find(c.row, c.depth);
@@ -104,30 +167,23 @@ void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_be
     }
     const auto next = chunks.after(c);
     if (next.row != c.row) a.find(next.row, next.depth);
-    auto *const b = blocks.b[chunks.wide ? 0 : i % 2], *const next_b = blocks.b[chunks.wide ? 0 : (i + 1) % 2];
-    const int64_t turns = chunks.wide ? 0 : turns_of_block<Ar>(n, c.cols, c.steps());
+    auto *const b = blocks.b[i % 2], *const next_b = blocks.b[(i + 1) % 2];
     AcrossBeside<Ar, X, FoundRows<X, C>> packing(a.from(next.col), a.from(next.col + next.cols), next.cols, next.depth,
-                                                 next_b, turns);
-    gradient.pieces.each = Pieces::spread(gradient.pieces.left, turns).each;
-    C* const values = blocks.tile + (c.col - c.tile);
-    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a[0], b, n, c.cols, c.steps(), values, c.row == row_begin, {}, packing,
-                                       gradient);
+                                                 next_b, turns_of_block<Ar>(n, c.cols, c.steps()));
+    const Gradient<S, C> gradient{.tile = {blocks.tile + (c.col - c.tile), c.row == row_begin},
+                                  .last = c.row + c.depth >= row_end,
+                                  .accumulate = p.accumulate,
+                                  .streamed = streamed,
+                                  .cols = c.cols,
+                                  .out = out + c.col,
+                                  .stride = p.k};
+    // Both panels beside each other while L1 holds them: longer runs of a result's row are stored.
+    const int64_t width = 2 * c.steps() <= kBlockSteps ? c.cols : kMicroCols<Ar>;
+    multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a[0], b, n, c.cols, c.steps(), width, gradient, {}, packing);
     finish_pieces(packing);
-    gradient.finish();
     pack_steps<Ar, X, kPanel<Ar>>(a.from(next.col), next.depth, next.cols, next_b, packing.whole);
-    if (c.row + c.depth >= row_end)
-      gradient = {.values = values,
-                  .rows = n,
-                  .cols = c.cols,
-                  .out = static_cast<S*>(p.out) + (expert * p.n + n_begin) * p.k + c.col,
-                  .stride = p.k,
-                  .accumulate = p.accumulate,
-                  .streamed = streamed,
-                  .pieces = {n * ceil_div(c.cols, gradient.kCols)}};
-    if (chunks.wide) gradient.finish();  // the next tile stands in its place
     c = next;
   }
-  gradient.finish();
   if (streamed) end_of_stream();
 }
 
