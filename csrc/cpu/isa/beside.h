@@ -63,16 +63,21 @@ struct RowsBeside {
 };
 
 // A panel of weights with unit stride along K: a piece is a vector of each of a few weight rows, as many as 16 bytes
-// hold Elements, transposed 16 bytes at a time.
-template <class Ar, class X, class S>
+// hold Elements, transposed 16 bytes at a time. by_steps: of all rows, then their next ones, so that a line of the
+// panel is filled while it is in L1; otherwise along these rows, then the next rows. What is asked for always goes
+// along rows.
+template <class Ar, class X, class S, bool by_steps>
 struct PanelBeside {
   static constexpr int kRows = 16 / sizeof(typename Ar::Element), kSteps = kLanes<typename Ar::C>;
+  static constexpr int kMost = kMostPieces, kPanelPieces = kPanel<Ar> / kRows * (kBlockSteps / kSteps);
 
   const S *weight, *behind;  // behind: packed after these; asked for
   int64_t n_stride, whole;   // steps
   typename Ar::Element* to;
   Pieces pieces;
-  int64_t col = 0, step = 0;
+  struct Place {
+    int64_t col = 0, step = 0;
+  } at, asked;
 
   PanelBeside(const S* weight, const S* behind, int64_t n_stride, int64_t cols, int64_t depth, typename Ar::Element* to,
               int64_t turns)
@@ -85,24 +90,33 @@ struct PanelBeside {
     if (pieces.left == 0) whole = 0;
   }
 
+  MOE_INLINE void along_rows(Place& place) const {
+    place.step += kSteps;
+    if (place.step == whole) place.step = 0, place.col += kRows;
+  }
+  MOE_INLINE void across_rows(Place& place) const {
+    place.col += kRows;
+    if (place.col == kPanel<Ar>) place.col = 0, place.step += kSteps;
+  }
   MOE_INLINE void piece() {
-    const S* from = weight + col * n_stride + step * Ar::kDepth;
-    const S* later = behind + col * n_stride + step * Ar::kDepth;
+    const S* from = weight + at.col * n_stride + at.step * Ar::kDepth;
+    const Place& ask = by_steps ? asked : at;
+    const S* later = behind + ask.col * n_stride + ask.step * Ar::kDepth;
     Vec<typename Ar::Element> rows[kRows];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      for (int at = 0; at < kSteps * Ar::kDepth; at += kLine / sizeof(S))
-        __builtin_prefetch(later + i * n_stride + at, 0, 2);
+      for (int k = 0; k < kSteps * Ar::kDepth; k += kLine / sizeof(S))
+        __builtin_prefetch(later + i * n_stride + k, 0, 2);
       rows[i] = Reader<Ar, X, S>::along_k(from + i * n_stride, kSteps * Ar::kDepth, 1, false);
     }
     transpose_units<typename Ar::Element>(rows);
-    auto* const at = to + step * kPanel<Ar> + col;
+    auto* const first = to + at.step * kPanel<Ar> + at.col;
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i)
-      store_units(at + i * kPanel<Ar>, kRows * kPanel<Ar>, rows[i],
+      store_units(first + i * kPanel<Ar>, kRows * kPanel<Ar>, rows[i],
                   std::make_integer_sequence<int, MOE_VECTOR_BYTES / 16>());
-    step += kSteps;
-    if (step == whole) step = 0, col += kRows;
+    if constexpr (by_steps) along_rows(asked), across_rows(at);
+    else along_rows(at);
   }
 };
 
@@ -114,7 +128,7 @@ struct AcrossBeside {
   using Columns = Across<Ar, X, S>;
   // Interleaving is so little work that more of it still hides in the multiply-adds.
   static constexpr int kMost = Columns::kInterleaves ? 8 : kMostPieces;
-  static constexpr int64_t kPanelPieces = kPanel<Ar> / Columns::kCols * kBlockSteps;
+  static constexpr int kPanelPieces = kPanel<Ar> / Columns::kCols * kBlockSteps;
 
   Rows rows, behind;                  // behind: packed after these; asked for
   int64_t cols, steps, whole, ahead;  // whole, ahead: steps; ahead: to the row that is asked for
@@ -143,7 +157,10 @@ struct AcrossBeside {
     const int64_t later = step + ahead;
     const Rows& from_later = later < whole ? rows : behind;
     const int64_t k_later = (later < whole ? later : later - whole) * Ar::kDepth;
-    for (int i = 0; i < Ar::kDepth; ++i) __builtin_prefetch(from_later.at(k_later + i) + col, 0, 2);
+    for (int i = 0; i < Ar::kDepth; ++i) {  // rows may begin anywhere in a line
+      if (col == 0) __builtin_prefetch(from_later.at(k_later + i), 0, 2);
+      __builtin_prefetch(from_later.at(k_later + i) + col + (Columns::kCols - 1), 0, 2);
+    }
     Columns::store(from, col, scales, rows.scaled,
                    to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);
     col += Columns::kCols;

@@ -29,13 +29,18 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
   }
 }
 
+// The ways of multiplying many rows, by how weights are packed: along the reduction, a few weight rows after the other
+// or steps of all of them after the other, or across it.
+enum class ManyRows { along, along_by_steps, across };
+
 // The weights of a tile in chunks, columns within a block along K: a panel where their unit stride runs along K,
 // otherwise two, so that rows are read in longer runs. Where too few rows are multiplied for packing to hide in it,
 // such a chunk is as wide as the tile, in one buffer.
-template <bool along, class Ar, class X, class W>
+template <ManyRows way, class Ar, class X, class W>
 struct WeightChunks {
-  using Beside = AcrossBeside<Ar, X, StridedRows<W>>;
-  using Packing = std::conditional_t<along, PanelBeside<Ar, X, W>, Beside>;
+  static constexpr bool along = way != ManyRows::across;
+  using Packing = std::conditional_t<along, PanelBeside<Ar, X, W, way == ManyRows::along_by_steps>,
+                                     AcrossBeside<Ar, X, StridedRows<W>>>;
   struct Chunk {
     const W* weights = nullptr;
     int64_t k = 0, depth = 0, cols = 0, tile_col = 0;
@@ -44,7 +49,7 @@ struct WeightChunks {
 
   const TileWeights<W>& w;
   int64_t rows;  // that are multiplied
-  bool wide = !along && turns_of_block<Ar>(rows, kPanel<Ar>, kBlockSteps) * Beside::kMost < Beside::kPanelPieces;
+  bool wide = !along && turns_of_block<Ar>(rows, kPanel<Ar>, kBlockSteps) * Packing::kMost < Packing::kPanelPieces;
   int64_t cols = along ? kPanel<Ar> : wide ? kTileCols : 2 * kPanel<Ar>;
   int64_t per_half = ceil_div(w.cols, cols), per_block = w.gated ? 2 * per_half : per_half;
   int64_t count = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;
@@ -78,12 +83,12 @@ struct WeightChunks {
 
 // Many rows: while a chunk is multiplied the next one is packed, with a share of the rows' next block, and the one
 // behind it is asked for.
-template <bool along, class Ar, class X, class W>
+template <ManyRows way, class Ar, class X, class W>
 void multiply_packed(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w, Blocks<Ar>& blocks) {
-  const WeightChunks<along, Ar, X, W> chunks{w, a.count};
+  const WeightChunks<way, Ar, X, W> chunks{w, a.count};
   auto c = chunks.at(0);
   chunks.ask_for(c);  // comes while the rows are packed
-  if (along) chunks.ask_for(chunks.at(1));
+  if (chunks.along) chunks.ask_for(chunks.at(1));
   pack_row_blocks<Ar>(a, 0, c.depth, blocks.a[0], 0);
   chunks.pack(c, blocks.b[0], 0);
   RowsBeside<Ar, X> rows;
@@ -142,8 +147,10 @@ void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w
   if (along && a.count <= kDotRows<W> && !batch_invariant) multiply_unpacked<FewRows::dots, Ar>(a, w, blocks);
   else if (few && along) multiply_unpacked<FewRows::squares, Ar>(a, w, blocks);
   else if (few && w.col_stride() == 1) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
-  else if (along) multiply_packed<true, Ar>(a, w, blocks);
-  else multiply_packed<false, Ar>(a, w, blocks);
+  else if (!along) multiply_packed<ManyRows::across, Ar>(a, w, blocks);
+  else if (turns_of_block<Ar>(a.count, kPanel<Ar>, kBlockSteps) >= PanelBeside<Ar, X, W, false>::kPanelPieces)
+    multiply_packed<ManyRows::along, Ar>(a, w, blocks);
+  else multiply_packed<ManyRows::along_by_steps, Ar>(a, w, blocks);
 }
 
 template <class X, class W>
