@@ -86,7 +86,7 @@ struct PanelBeside {
         n_stride(n_stride),
         whole(cols == kPanel<Ar> ? depth / (kSteps * Ar::kDepth) * kSteps : 0),
         to(to),
-        pieces(Pieces::spread(kPanel<Ar> / kRows * (whole / kSteps), turns)) {
+        pieces(Pieces::spread(kPanel<Ar> / kRows * (whole / kSteps), turns, kMost)) {
     if (pieces.left == 0) whole = 0;
   }
 
@@ -120,15 +120,15 @@ struct PanelBeside {
   }
 };
 
-// Panels of rows that lie across the reduction: a piece is what becomes Elements at a time of a row, or of a pair.
+// Panels of rows that lie across the reduction: a piece is a group of columns of a row, or of a pair.
 template <class Ar, class X, class Rows>
 struct AcrossBeside {
   using C = typename Ar::C;
   using S = typename Rows::Value;
-  using Columns = Across<Ar, X, S>;
+  using Group = Across<Ar, X, S>;
   // Interleaving is so little work that more of it still hides in the multiply-adds.
-  static constexpr int kMost = Columns::kInterleaves ? 8 : kMostPieces;
-  static constexpr int kPanelPieces = kPanel<Ar> / Columns::kCols * kBlockSteps;
+  static constexpr int kMost = Group::kInterleaves ? 8 : kMostPieces;
+  static constexpr int kPanelPieces = kPanel<Ar> / Group::kCols * kBlockSteps;
 
   Rows rows, behind;                  // behind: packed after these; asked for
   int64_t cols, steps, whole, ahead;  // whole, ahead: steps; ahead: to the row that is asked for
@@ -145,7 +145,7 @@ struct AcrossBeside {
         steps(ceil_div(depth, Ar::kDepth)),
         whole(contiguous && cols % kPanel<Ar> == 0 ? depth / Ar::kDepth : 0),
         to(to),
-        pieces(Pieces::spread(cols / Columns::kCols * whole, turns, kMost)) {
+        pieces(Pieces::spread(cols / Group::kCols * whole, turns, kMost)) {
     if (pieces.left == 0) whole = 0;
     ahead = min(whole, 24);
   }
@@ -157,13 +157,14 @@ struct AcrossBeside {
     const int64_t later = step + ahead;
     const Rows& from_later = later < whole ? rows : behind;
     const int64_t k_later = (later < whole ? later : later - whole) * Ar::kDepth;
-    for (int i = 0; i < Ar::kDepth; ++i) {  // rows may begin anywhere in a line
-      if (col == 0) __builtin_prefetch(from_later.at(k_later + i), 0, 2);
-      __builtin_prefetch(from_later.at(k_later + i) + col + (Columns::kCols - 1), 0, 2);
+    for (int i = 0; i < Ar::kDepth; ++i) {
+      const S* const asked = from_later.at(k_later + i);
+      if (col == 0) __builtin_prefetch(asked, 0, 2);
+      __builtin_prefetch(asked + col + (Group::kCols - 1), 0, 2);  // the last one: rows may begin within a line
     }
-    Columns::store(from, col, scales, rows.scaled,
-                   to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);
-    col += Columns::kCols;
+    Group::store(from, col, scales, rows.scaled,
+                 to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);
+    col += Group::kCols;
     if (col == cols) col = 0, ++step;
   }
 };

@@ -150,8 +150,8 @@ template <class Ar, class X, class S, int rows, int vectors>
 void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_stride, int64_t cols, int64_t depth,
                      typename Ar::C* sums) {
   using C = typename Ar::C;
-  using Columns = Across<Ar, X, S>;
-  constexpr int lanes = kLanes<C>, kGroup = vectors > 1 ? Columns::kVectors : 1;
+  using Group = Across<Ar, X, S>;
+  constexpr int lanes = kLanes<C>, kGroup = vectors > 1 ? Group::kVectors : 1;
   const C scales[2] = {1, 1};
   Vec<C> acc[rows][vectors];
 #pragma GCC unroll 16
@@ -166,8 +166,8 @@ void few_rows_across(const typename Ar::Element* a, const S* weight, int64_t k_s
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; v += kGroup) {
       Vec<typename Ar::Element> values[kGroup];
-      if constexpr (vectors > 1) Columns::read(at, v * lanes, scales, false, values);
-      else values[0] = Columns::read_vector(at, 0, cols, scales, false);
+      if constexpr (vectors > 1) Group::read(at, v * lanes, scales, false, values);
+      else values[0] = Reader<Ar, X, S>::across_k(at, 0, cols, scales, false);
 #pragma GCC unroll 2
       for (int i = 0; i < kGroup; ++i)
 #pragma GCC unroll 16

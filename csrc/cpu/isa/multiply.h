@@ -1,5 +1,6 @@
 // The micro-kernel: a few rows of A times a panel of B, accumulators in registers. One template for every instruction
-// set and both GEMMs; what differs is the arithmetic and where A's next element lies.
+// set and both GEMMs; what differs is the arithmetic, where A's next element lies and
+// what takes the sums.
 #pragma once
 
 #include "cpu/isa/dot.h"
@@ -96,13 +97,19 @@ void finish_pieces(Work& work) {
   for (; work.pieces.left > 0; --work.pieces.left) work.piece();
 }
 
-// to (+)= a block's sum. The first is added to zero: a sum that vanishes is +0, whether padded steps followed or not.
+// A block's sum joins those before. The first is added to zero: a sum that vanishes is +0, whether padded steps
+// followed or not.
+template <class C>
+MOE_INLINE Vec<C> joined(const C* before, Vec<C> sum, bool first) {
+  return (first ? Vec<C>{} : load<C>(before)) + sum;
+}
 template <class C>
 MOE_INLINE void join_sum(C* to, Vec<C> sum, bool first) {
-  store<C>(to, (first ? Vec<C>{} : load<C>(to)) + sum);
+  store<C>(to, joined<C>(to, sum, first));
 }
 
-// Sums of a block that join those of a tile.
+// What takes the sums of a block: at(row, col) is where those of a call go, take() puts them there. Here they join a
+// tile's.
 template <class C>
 struct TileSums {
   C* c;
@@ -121,9 +128,9 @@ struct TileSums {
 // a[rows, depth] . b[depth, kMicroCols of kPanel], summed in order of depth, which `to` takes. A block's sum starts
 // from zero and joins those before at the end: the error grows with the block's depth, not with the length of the whole
 // reduction. At each turn a share of the work `beside` is done.
-template <class Ar, class Layout, int rows, class To, class... Work>
-void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, const To& to,
-              const Ahead& ahead, Work&... beside) {
+template <class Ar, class Layout, int rows>
+void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, const auto& to,
+              const Ahead& ahead, auto&... beside) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
@@ -154,13 +161,13 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
     }
   }
 
-  to.template take<rows>(acc);
+  to.take(acc);
 }
 
 // Any number of rows up to kMicroRows. Fewer have no turns, so that the work beside is compiled into one multiply only.
-template <class Ar, class Layout, int rows = kMicroRows, class To, class... Work>
+template <class Ar, class Layout, int rows = kMicroRows>
 MOE_INLINE void multiply_rows(int64_t n, const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth,
-                              const To& to, const Ahead& ahead, Work&... beside) {
+                              const auto& to, const Ahead& ahead, auto&... beside) {
   if constexpr (rows == 0) return;
   else if (n != rows) multiply_rows<Ar, Layout, rows - 1>(n, a, b, depth, to, ahead, beside...);
   else if constexpr (rows == kMicroRows) multiply<Ar, Layout, rows>(a, b, depth, to, ahead, beside...);
@@ -182,11 +189,11 @@ int64_t turns_of_block(int64_t rows, int64_t cols, int64_t depth) {
   return calls * ceil_div(cols, kMicroCols<Ar>) * ceil_div(depth, kTurnSteps);
 }
 
-// The products of A block [rows, depth] and B block [depth, cols], which is packed in panels: `width` columns of all
-// rows, then the next ones.
-template <class Ar, class Layout, class To, class... Work>
+// `to` takes the products of A block [rows, depth] and B block [depth, cols], which is packed in panels: `width`
+// columns of all rows, then the next ones.
+template <class Ar, class Layout>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
-                    int64_t depth, int64_t width, const To& to, const Ahead& ahead, Work&... beside) {
+                    int64_t depth, int64_t width, const auto& to, const Ahead& ahead, auto&... beside) {
   const int64_t calls = ceil_div(rows, kMicroRows) * ceil_div(cols, kMicroCols<Ar>);
   int64_t call = 0;
   for (int64_t begin = 0; begin < cols; begin += width)

@@ -42,35 +42,28 @@ struct Reader {
     }
   }
 
-  // kLanes Elements across the reduction: n columns of one row, or of two rows (the second may be null) side by side.
-  static MOE_INLINE Vec<Element> across_k(const S* const* rows, int64_t n, const C* scale, bool scaled) {
+  // kLanes Elements across the reduction: n columns from col on of one row, or of two rows (the second may be null)
+  // side by side.
+  static MOE_INLINE Vec<Element> across_k(const S* const* rows, int64_t col, int64_t n, const C* scale, bool scaled) {
     if constexpr (Ar::kDepth == 1) {
-      return to_compute<C, X>(rounded(rows[0], n, scale[0], scaled));
+      return to_compute<C, X>(rounded(rows[0] + col, n, scale[0], scaled));
     } else {
-      auto low = convert(rounded(rows[0], n, scale[0], scaled), Vec<Element>{});
+      auto low = convert(rounded(rows[0] + col, n, scale[0], scaled), Vec<Element>{});
       if (!rows[1]) return low;
-      auto high = convert(rounded(rows[1], n, scale[1], scaled), Vec<Element>{});
+      auto high = convert(rounded(rows[1] + col, n, scale[1], scaled), Vec<Element>{});
       return low | high << 16;
     }
   }
 };
 
-// Two rows of 16-bit values side by side, their columns in order: the first half of them, and the second.
-template <int... lane>
-MOE_INLINE void interleave(Vec<uint16_t> a, Vec<uint16_t> b, Vec<uint32_t>* to, std::integer_sequence<int, lane...>) {
-  constexpr int n = kLanes<uint16_t>;
-  to[0] = bit_cast<Vec<uint32_t>>(__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n)...));
-  to[1] = bit_cast<Vec<uint32_t>>(__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n + n / 2)...));
-}
-
-// Columns of a row, or of two side by side, that become Elements at a time.
+// A group of columns of a row, or of two side by side: those that become Elements at a time.
 template <class Ar, class X, class S>
 struct Across {
   using C = typename Ar::C;
   static constexpr bool kInterleaves = Ar::kDepth == 2 && std::is_same_v<S, X>;  // a vector of each of two rows
   static constexpr int kVectors = kInterleaves ? 2 : 1;                          // of Elements
   static constexpr int kCols = kVectors * kLanes<C>;
-  static_assert(kPanel<Ar> % kCols == 0 && kTileRows % kCols == 0);
+  static_assert(kPanel<Ar> % kCols == 0 && kTileRows % kCols == 0);  // a group lies within a panel
 
   static MOE_INLINE void read(const S* const* rows, int64_t col, const C* scale, bool scaled,
                               Vec<typename Ar::Element>* to) {
@@ -80,13 +73,8 @@ struct Across {
                           std::make_integer_sequence<int, kLanes<uint16_t>>());
     }
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v, col += kLanes<C>) to[v] = read_vector(rows, col, kLanes<C>, scale, scaled);
-  }
-  // The first n columns of a vector of Elements.
-  static MOE_INLINE Vec<typename Ar::Element> read_vector(const S* const* rows, int64_t col, int64_t n, const C* scale,
-                                                          bool scaled) {
-    const S* const from[2] = {rows[0] + col, Ar::kDepth == 2 && rows[1] ? rows[1] + col : nullptr};
-    return Reader<Ar, X, S>::across_k(from, n, scale, scaled);
+    for (int v = 0; v < kVectors; ++v, col += kLanes<C>)
+      to[v] = Reader<Ar, X, S>::across_k(rows, col, kLanes<C>, scale, scaled);
   }
   static MOE_INLINE void store(const S* const* rows, int64_t col, const C* scale, bool scaled,
                                typename Ar::Element* to) {
@@ -134,13 +122,13 @@ void pack_rows(const S* const* from, const typename Ar::C* scale, bool scaled, i
 template <class Ar, class X, int panel, class S>
 MOE_INLINE void pack_across(const S* const* rows, const typename Ar::C* scale, bool scaled, int64_t cols, int64_t step,
                             int64_t steps, typename Ar::Element* to) {
-  using Columns = Across<Ar, X, S>;
+  using Group = Across<Ar, X, S>;
   constexpr int lanes = kLanes<typename Ar::C>;
   const auto at = [&](int64_t col) { return to + (col / panel * steps + step) * panel + col % panel; };
   int64_t col = 0;
-  for (; col + Columns::kCols <= cols; col += Columns::kCols) Columns::store(rows, col, scale, scaled, at(col));
+  for (; col + Group::kCols <= cols; col += Group::kCols) Group::store(rows, col, scale, scaled, at(col));
   for (; col < cols; col += lanes)
-    store_vector(at(col), Columns::read_vector(rows, col, min(cols - col, lanes), scale, scaled));
+    store_vector(at(col), Reader<Ar, X, S>::across_k(rows, col, min(cols - col, lanes), scale, scaled));
   for (const int64_t padded = ceil_div(cols, panel) * panel; col < padded; col += lanes)
     store_vector(at(col), Vec<typename Ar::Element>{});
 }

@@ -1,4 +1,4 @@
-// Square blocks of vectors transposed in registers.
+// Vectors rearranged in registers: square blocks transposed, pairs interleaved or joined.
 #pragma once
 
 #include "cpu/isa/vec.h"
@@ -22,6 +22,20 @@ MOE_INLINE void unzip(Vec<E>& a, Vec<E>& b, std::integer_sequence<int, lane...>)
   const auto x = bit_cast<Vec<Float>>(a), y = bit_cast<Vec<Float>>(b);
   a = bit_cast<Vec<E>>(__builtin_shufflevector(x, y, (unzipped<E, within>(lane, 0))...));
   b = bit_cast<Vec<E>>(__builtin_shufflevector(x, y, (unzipped<E, within>(lane, 1))...));
+}
+
+// Two rows of 16-bit values side by side, their columns in order: the first half of them, and the second.
+template <int... lane>
+MOE_INLINE void interleave(Vec<uint16_t> a, Vec<uint16_t> b, Vec<uint32_t>* to, std::integer_sequence<int, lane...>) {
+  constexpr int n = kLanes<uint16_t>;
+  to[0] = bit_cast<Vec<uint32_t>>(__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n)...));
+  to[1] = bit_cast<Vec<uint32_t>>(__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n + n / 2)...));
+}
+
+// a's values, then b's: half vectors.
+template <class V, int... lane>
+MOE_INLINE auto join(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, lane...);
 }
 
 // rows[i][j] becomes rows[j][i], in log2(n) rounds over pairs of rows `step` apart.

@@ -113,7 +113,14 @@ MOE_INLINE Vec<C> to_compute(Packed<C, S> v) {
   }
 }
 
-// Whether an instruction rounds, for which numbers below the smallest normal one are zeros.
+#ifdef __AVX512BF16__
+MOE_INLINE bool any_denormal(Vec<float> v) {
+  constexpr int kDenormal = 0x20;
+  return _mm512_fpclass_ps_mask(bit_cast<__m512>(v), kDenormal) != 0;
+}
+#endif
+
+// Whether from_compute rounds by an instruction that flushes: takes numbers below the smallest normal one for zeros.
 template <class S, class C>
 inline constexpr bool kRoundingFlushes =
 #ifdef __AVX512BF16__
@@ -122,7 +129,7 @@ inline constexpr bool kRoundingFlushes =
     false;
 #endif
 
-// Rounds to nearest even, as PyTorch does; a NaN becomes a quiet NaN. may_flush: the caller looks for such zeros.
+// Rounds to nearest even, as PyTorch does; a NaN becomes a quiet NaN. may_flush: the caller looks for what is flushed.
 template <class S, class C, bool may_flush = false>
 MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   constexpr int n = kLanes<C>;
@@ -131,9 +138,8 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   } else if constexpr (std::is_same_v<S, bfloat16>) {
     auto f = convert<Vec<float, n>>(v);
 #ifdef __AVX512BF16__
-    constexpr int kDenormal = 0x20;
     if constexpr (kRoundingFlushes<S, C>)
-      if (may_flush || __builtin_expect(_mm512_fpclass_ps_mask(bit_cast<__m512>(f), kDenormal) == 0, 1))
+      if (may_flush || __builtin_expect(!any_denormal(f), 1))
         return bit_cast<Packed<C, S>>(_mm512_cvtneps_pbh(bit_cast<__m512>(f)));
 #endif
     auto bits = bit_cast<Vec<uint32_t, n>>(f);
@@ -156,17 +162,15 @@ MOE_INLINE Packed<C, S> from_compute(Vec<C> v) {
   }
 }
 
+MOE_INLINE bool any_zero(Vec<uint16_t> v) {
 #ifdef __AVX512BW__
-MOE_INLINE bool any_zero(Vec<uint16_t> v) {
   return _mm512_test_epi16_mask(bit_cast<__m512i>(v), bit_cast<__m512i>(v)) != 0xffffffff;
-}
 #else
-MOE_INLINE bool any_zero(Vec<uint16_t> v) {
   bool any = false;
   for (int i = 0; i < kLanes<uint16_t>; ++i) any |= v[i] == 0;
   return any;
-}
 #endif
+}
 
 // The first n values, none where n is negative; the other lanes are zero.
 template <class C, class S>

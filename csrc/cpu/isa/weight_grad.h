@@ -6,16 +6,11 @@
 
 namespace moe::MOE_ISA {
 
-template <class V, int... lane>
-MOE_INLINE auto join(V a, V b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, lane...);
-}
-
 // Takes the sums of a block: they join those of the blocks before in the tile, and the last ones are the gradient.
 template <class S, class C>
 struct Gradient {
   static constexpr int kCols = kMicroVectors * kLanes<C>, kVectors = kMicroRows * kMicroVectors;
-  static_assert(kMicroVectors == 2);
+  static_assert(kMicroVectors == 2);  // a row's results are joined in pairs
 
   TileSums<C> tile;
   bool last, accumulate, streamed;
@@ -27,8 +22,8 @@ struct Gradient {
     return {tile.at(row, col), last, accumulate, streamed, cols - col, out + row * stride + col, stride};
   }
   // Of vector i of kVectors.
-  C* in_tile(int i) const { return tile.c + i / kMicroVectors * kTileCols + i % kMicroVectors * kLanes<C>; }
-  S* in_out(int i) const { return out + i / kMicroVectors * stride + i % kMicroVectors * kLanes<C>; }
+  C* tile_at(int i) const { return tile.c + i / kMicroVectors * kTileCols + i % kMicroVectors * kLanes<C>; }
+  S* out_at(int i) const { return out + i / kMicroVectors * stride + i % kMicroVectors * kLanes<C>; }
 
   template <int rows>
   MOE_INLINE void take(const Vec<C> (&sums)[rows][kMicroVectors]) const {
@@ -38,14 +33,14 @@ struct Gradient {
     if (last) store_from_tile(rows, accumulate);
   }
 
-  // Straight from the registers of the micro-kernel. Rounded to zero may be what is none: that is looked for in the
-  // results, where it costs least.
+  // Straight from the registers of the micro-kernel. What rounding flushes is looked for only where a result is zero:
+  // results are fewer vectors than sums.
   MOE_INLINE void store_whole(const Vec<C> (&sums)[kMicroRows][kMicroVectors]) const {
     Vec<C> values[kVectors];
 #pragma GCC unroll 24
     for (int i = 0; i < kVectors; ++i) {
-      values[i] = (tile.first ? Vec<C>{} : load<C>(in_tile(i))) + sums[i / kMicroVectors][i % kMicroVectors];
-      if (accumulate) values[i] = load<C>(in_out(i)) + values[i];
+      values[i] = joined<C>(tile_at(i), sums[i / kMicroVectors][i % kMicroVectors], tile.first);
+      if (accumulate) values[i] = load<C>(out_at(i)) + values[i];
     }
     auto least = ~Vec<uint16_t>{};  // of the results' bits but the sign
 #pragma GCC unroll 24
@@ -62,26 +57,22 @@ struct Gradient {
     }
     if constexpr (kRoundingFlushes<S, C>)
       if (__builtin_expect(any_zero(least), 0)) {
+        bool flushed = false;
 #pragma GCC unroll 24
-        for (int i = 0; i < kVectors; ++i) store_vector(in_tile(i), values[i]);
-        if (any_denormal()) store_from_tile(kMicroRows, false);
+        for (int i = 0; i < kVectors; ++i) flushed |= any_denormal(values[i]);
+        if (!flushed) return;
+#pragma GCC unroll 24
+        for (int i = 0; i < kVectors; ++i) store_vector(tile_at(i), values[i]);
+        store_from_tile(kMicroRows, false);
       }
   }
   template <class V>
   MOE_INLINE void store_result(int i, V v) const {
-    if (streamed) stream_vector(in_out(i), v);
-    else std::memcpy(in_out(i), &v, sizeof(v));
+    if (streamed) stream_vector(out_at(i), v);
+    else std::memcpy(out_at(i), &v, sizeof(v));
   }
-  __attribute__((noinline)) bool any_denormal() const {
-    constexpr C normal = std::numeric_limits<C>::min();
-    Vec<Bits<C>> any{};
-    for (int i = 0; i < kVectors; ++i) {
-      const auto v = load<C>(in_tile(i));
-      any |= (v != 0) & (v < normal) & (v > -normal);
-    }
-    return sum_lanes<Bits<C>>(any) != 0;
-  }
-  // Fewer rows, columns that do not fill their vectors, and what is rounded with care.
+  // Fewer rows or columns than a whole call has, and what rounding would flush. Not inlined: rare, and called from
+  // every number of rows.
   __attribute__((noinline)) void store_from_tile(int rows, bool add) const {
     for (int row = 0; row < rows; ++row)
       for (int64_t col = 0; col < min(cols, kCols); col += kLanes<C>) {
@@ -177,7 +168,7 @@ void weight_grad_strip(const WeightGradParams& p, int64_t expert, int64_t row_be
                                   .cols = c.cols,
                                   .out = out + c.col,
                                   .stride = p.k};
-    // Both panels beside each other while L1 holds them: longer runs of a result's row are stored.
+    // Both panels side by side while L1 holds them, so that longer runs of a result's row are stored.
     const int64_t width = 2 * c.steps() <= kBlockSteps ? c.cols : kMicroCols<Ar>;
     multiply_block<Ar, ColumnsOfA<Ar>>(blocks.a[0], b, n, c.cols, c.steps(), width, gradient, {}, packing);
     finish_pieces(packing);
