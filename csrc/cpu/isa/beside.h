@@ -126,8 +126,9 @@ struct AcrossBeside {
   using C = typename Ar::C;
   using S = typename Rows::Value;
   using Group = Across<Ar, X, S>;
-  // Interleaving is so little work that more of it still hides in the multiply-adds.
-  static constexpr int kMost = Group::kInterleaves ? 8 : kMostPieces;
+  // Copying is little work, and interleaving less still; registers narrower than AVX-512's leave no room for it.
+  static constexpr int kMost = MOE_VECTOR_BYTES < 64 ? 1 : Group::kInterleaves ? 8 : 4;
+  static constexpr bool kTwoLines = Group::kCols * int(sizeof(S)) > kLine;
   static constexpr int kPanelPieces = kPanel<Ar> / Group::kCols * kBlockSteps;
 
   Rows rows, behind;                  // behind: packed after these; asked for
@@ -160,7 +161,9 @@ struct AcrossBeside {
     for (int i = 0; i < Ar::kDepth; ++i) {
       const S* const asked = from_later.at(k_later + i);
       if (col == 0) __builtin_prefetch(asked, 0, 2);
-      __builtin_prefetch(asked + col + (Group::kCols - 1), 0, 2);  // the last one: rows may begin within a line
+      // The last column of each line: rows may begin within one.
+      if (kTwoLines) __builtin_prefetch(asked + col + (Group::kCols / 2 - 1), 0, 2);
+      __builtin_prefetch(asked + col + (Group::kCols - 1), 0, 2);
     }
     Group::store(from, col, scales, rows.scaled,
                  to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);

@@ -61,7 +61,7 @@ template <class Ar, class X, class S>
 struct Across {
   using C = typename Ar::C;
   static constexpr bool kInterleaves = Ar::kDepth == 2 && std::is_same_v<S, X>;  // a vector of each of two rows
-  static constexpr int kVectors = kInterleaves ? 2 : 1;                          // of Elements
+  static constexpr int kVectors = 2;                                             // of Elements
   static constexpr int kCols = kVectors * kLanes<C>;
   static_assert(kPanel<Ar> % kCols == 0 && kTileRows % kCols == 0);  // a group lies within a panel
 
