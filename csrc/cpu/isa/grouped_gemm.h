@@ -29,8 +29,8 @@ void add_bias_share(const GroupedGemmParams& p, int64_t expert, const X* const* 
   }
 }
 
-// The ways of multiplying many rows, by how weights are packed: along the reduction, a few weight rows after the other
-// or steps of all of them after the other, or across it.
+// The ways of multiplying many rows, by how weights are packed: along the reduction, a few weight rows at a time or a
+// few steps of all of them, or across it.
 enum class ManyRows { along, along_by_steps, across };
 
 // The weights of a tile in chunks, columns within a block along K: a panel where their unit stride runs along K,

@@ -1,6 +1,5 @@
 // The micro-kernel: a few rows of A times a panel of B, accumulators in registers. One template for every instruction
-// set and both GEMMs; what differs is the arithmetic, where A's next element lies and
-// what takes the sums.
+// set and both GEMMs; what differs is the arithmetic, where A's next element lies and what takes the sums.
 #pragma once
 
 #include "cpu/isa/dot.h"
