@@ -69,6 +69,11 @@ def exact(x: Tensor, router: Tensor, w_in: Tensor, w_out: Tensor, s: Shape, expe
     return peers.loop_experts(x, weights / weights.sum(dim=-1, keepdim=True), experts, w_in, w_out, s)
 
 
+def prepacked(sets: list[Results], s: Shape) -> Callable[[int], Tensor]:
+    packed = [(moe_ops.prepack(w_in), moe_ops.prepack(w_out)) for _, _, w_in, w_out in sets]
+    return lambda i: ours(*sets[i][:2], *packed[i], s)
+
+
 def add_rivals(
     layers: dict[str, Callable[[int], Tensor]], missing: dict[str, str], sets: list[Results], s: Shape
 ) -> None:
@@ -107,8 +112,7 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
     if device.on_cuda():
         add_rivals(layers, missing, sets, s)
     else:
-        packed = [(moe_ops.prepack(w_in), moe_ops.prepack(w_out)) for _, _, w_in, w_out in sets]
-        layers[PREPACKED] = lambda i: ours(*sets[i][:2], *packed[i], s)
+        layers[PREPACKED] = prepacked(sets, s)
 
     y_and_gradients = exact_results(lambda *t: exact(*t, s, choices[0]), sets[0], grad_y, True)
     dense_y_and_gradients = exact_results(lambda *t: peers.dense(*t, s), dense_sets[0], grad_y, True)
@@ -120,8 +124,6 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         work = (roofline.moe_training if train else roofline.moe_forward)(s, dtype.itemsize, active)
         variants = []
         for name, layer in layers.items():
-            if train and name in (PREPACKED, *peers.RIVALS):
-                continue  # has no gradient
             if train and name == "transformers eager" and s.experts > MOST_EXPERTS_INDEXED:
                 missing[name] = f"its backward takes minutes with more than {MOST_EXPERTS_INDEXED} experts"
                 continue
@@ -139,6 +141,8 @@ def bench_layer(report: Report, s: Shape, dtype: torch.dtype) -> None:
         report.table(name, s, dtype, variants, sets=len(sets), missing=missing)
 
     table(train=False)
+    for name in (PREPACKED, *peers.RIVALS):  # have no gradient; their copies of the weights go
+        layers.pop(name, None)
     table(train=True)
 
 
