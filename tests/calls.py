@@ -1,6 +1,9 @@
-"""The operators as accuracy.compare calls them, for any API that has them, and tensors to call moe_mlp with."""
+"""The operators as accuracy.compare calls them, for any API that has them, tensors to call moe_mlp with, and which
+operators were called.
+"""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accuracy import place
 from cases import integers, powers, randn, seeded
@@ -77,3 +80,16 @@ def random_tensors(case, dtype=torch.float32, gated=True, weight_dtype=None, bia
         "b_in": randn(e, wide, dtype=weight_dtype, seed=4, scale=bias_scale),
         "b_out": randn(e, h, dtype=weight_dtype, seed=5, scale=bias_scale),
     }
+
+
+class Calls(TorchDispatchMode):
+    """The operators of ours that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moe_ops":
+            self.seen.append((func._schema.name.removeprefix("moe_ops::"), args))
+        return func(*args, **(kwargs or {}))

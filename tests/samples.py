@@ -154,6 +154,16 @@ def moe_mlp(make: Maker) -> list[Args]:
     return calls
 
 
+def moe_mlp_inference(make: Maker) -> list[Args]:
+    x, weights = make(T, H), make(T, K, dtype=make.compute)
+    w_in, b_in, w_out, b_out = make(E, 2 * INNER, H), make(E, 2 * INNER), make(E, H, INNER), make(E, H)
+    plain, ids = make(E, INNER, H), make.experts()
+    return [
+        (x, weights, ids, w_in, w_out, b_in, b_out, *GPT_OSS, False, *EXACT, None, None),
+        (x, weights, ids.long(), plain, w_out, None, None, *PLAIN, True, *INVARIANT_TF32, None, None),
+    ]
+
+
 def moe_mlp_backward(make: Maker) -> list[Args]:
     p = make.plan()
     grad, x, weights = make(T, H), make(T, H), make(T, K, dtype=make.compute)
@@ -178,5 +188,6 @@ SAMPLES: dict[str, Callable[[Maker], list[Args]]] = {
     "combine": combine,
     "combine_backward": combine_backward,
     "moe_mlp": moe_mlp,
+    "moe_mlp_inference": moe_mlp_inference,
     "moe_mlp_backward": moe_mlp_backward,
 }

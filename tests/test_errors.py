@@ -275,16 +275,27 @@ def test_every_argument_has_a_bad_input(name):
     assert spoilt == set(inspect.signature(getattr(moe_ops, name)).parameters)
 
 
-@pytest.mark.parametrize(
-    ("name", "changed", "error", "text"), BAD, ids=[f"{name}-{next(iter(changed))}" for name, changed, *_ in BAD]
-)
-def test_bad_input(name, changed, error, text):
+def spoil(name, changed, error, text):
     argument = next(iter(changed))
     with pytest.raises(error) as caught:
         getattr(moe_ops, name)(**(GOOD[name] | changed))
     assert type(caught.value) is error
     between = "" if text.startswith((".", ",")) else " "
     assert str(caught.value).startswith(f"{name}: {argument}{between}{text}"), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "error", "text"), BAD, ids=[f"{name}-{next(iter(changed))}" for name, changed, *_ in BAD]
+)
+def test_bad_input(name, changed, error, text):
+    spoil(name, changed, error, text)
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad[0] == "moe_mlp"], ids=lambda bad: next(iter(bad[1])))
+def test_bad_input_of_inference(bad):
+    """Tensors are then checked by the operator first."""
+    with torch.no_grad():
+        spoil(*bad)
 
 
 def test_operators_called_directly_check_shapes_when_traced():

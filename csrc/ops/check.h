@@ -50,6 +50,10 @@ inline void expect_type(const char* what, const Tensor& t, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, what, " has the wrong dtype");
 }
 
+inline void expect_device(const char* what, const Tensor& t, const Tensor& first) {
+  STD_TORCH_CHECK(t.device() == first.device(), what, " is on another device");
+}
+
 // row_slot or slot_row: int32, and few enough elements that an int32 numbers them.
 inline void expect_map(const char* what, const Tensor& t, std::initializer_list<int64_t> shape) {
   expect_shape(what, t, shape);

@@ -44,11 +44,16 @@ inline ExpertWeights expert_weights(const Tensor& w, const OptionalTensor& panel
   return panels ? prepacked(*panels) : expert_weights(w);
 }
 
-inline void expect_weights(const char* what, const Tensor& w, const Tensor& rows, int64_t n, int64_t k) {
-  expect_shape(what, w, {-1, n, k});
-  const auto type = w.scalar_type();
+// The dtype of an expert's weight or bias: that of the rows, or float32 beside 16 bits.
+inline void expect_expert_type(const char* what, const Tensor& t, const Tensor& rows) {
+  const auto type = t.scalar_type();
   const bool narrow = rows.scalar_type() == ScalarType::BFloat16 || rows.scalar_type() == ScalarType::Half;
   STD_TORCH_CHECK(type == rows.scalar_type() || (type == ScalarType::Float && narrow), what, " has the wrong dtype");
+}
+
+inline void expect_weights(const char* what, const Tensor& w, const Tensor& rows, int64_t n, int64_t k) {
+  expect_shape(what, w, {-1, n, k});
+  expect_expert_type(what, w, rows);
 }
 
 inline void expect_offsets(const char* what, const Tensor& offsets, int64_t num_experts) {
@@ -63,8 +68,8 @@ inline void expect_row_slot(const char* what, const Tensor& row_slot, int64_t to
 
 inline GatheredRows rows_of(const Tensor& t) { return {.rows = matrix(t), .num_rows = t.size(0)}; }
 
-inline GatheredRows gathered(const Tensor& t, const Tensor& row_slot, int64_t width, Vector scale = {}) {
-  return {.rows = matrix(t), .row_slot = int32s(row_slot), .width = width, .num_rows = t.size(0), .scale = scale};
+inline GatheredRows gathered(const Tensor& t, const int32_t* row_slot, int64_t width, Vector scale = {}) {
+  return {.rows = matrix(t), .row_slot = row_slot, .width = width, .num_rows = t.size(0), .scale = scale};
 }
 
 }  // namespace moe

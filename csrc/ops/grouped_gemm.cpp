@@ -19,7 +19,7 @@ Rows read_rows(const char* what, const Tensor& a, const OptionalTensor& row_slot
     STD_TORCH_CHECK(width > 0 || row_slot->size(0) == 0, what, ": width must be positive");
     rows.row_slot = as_contiguous(*row_slot);
     rows.count = rows.row_slot.size(0);
-    rows.operand = gathered(rows.tensor, rows.row_slot, width);
+    rows.operand = gathered(rows.tensor, int32s(rows.row_slot), width);
   } else {
     rows.operand = rows_of(rows.tensor);
   }

@@ -44,6 +44,11 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       " float up_offset, bool weight_on_input, bool allow_tf32, bool batch_invariant, bool keep_pre, Tensor? panels_in,"
       " Tensor? panels_out) -> (Tensor y, Tensor pre)");
   m.def(
+      "moe_mlp_inference(Tensor x, Tensor weights, Tensor experts, Tensor w_in, Tensor w_out, Tensor? b_in,"
+      " Tensor? b_out, int activation, bool gated, bool interleaved, float alpha, float limit, float up_offset,"
+      " bool weight_on_input, bool allow_tf32, bool batch_invariant, Tensor? panels_in, Tensor? panels_out)"
+      " -> Tensor");
+  m.def(
       "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor pre, Tensor weights, Tensor w_in, Tensor w_out, Tensor? b_out,"
       " Tensor offsets, Tensor row_slot, Tensor slot_row, int activation, bool gated, bool interleaved, float alpha,"
       " float limit, float up_offset, bool weight_on_input, bool allow_tf32, bool batch_invariant, ScalarType? "

@@ -1,5 +1,6 @@
 """What autocast means to the operators that multiply matrices."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ def operands(x: Any, *experts: Any) -> tuple[Any, ...]:
     if x.dtype == torch.float64 or not x.dtype.is_floating_point:
         return x, *experts
     return x.to(dtype), *(_converted(value, dtype) for value in experts)
+
+
+def _is_enabled() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+# Whether autocast is on for some device, asked once where torch has a name for that.
+is_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _is_enabled)
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:

@@ -14,20 +14,25 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from moe_ops.library import OPERATORS
 
 ops = torch.ops.moe_ops
 
-# The operators of backward and the public function each belongs to.
-BACKWARD_OF = {
-    "route_backward": "route",
-    "grouped_gemm_weight_grad": "grouped_gemm",
-    "grouped_gemm_bias_grad": "grouped_gemm",
-    "combine_backward": "combine",
-    "moe_mlp_backward": "moe_mlp",
+_ONCE = "{} cannot be differentiated twice (double backward, create_graph=True)"
+
+# The operators that have no gradient, and why.
+WITHOUT_GRADIENT = {
+    "route_backward": _ONCE.format("route"),
+    "grouped_gemm_weight_grad": _ONCE.format("grouped_gemm"),
+    "grouped_gemm_bias_grad": _ONCE.format("grouped_gemm"),
+    "combine_backward": _ONCE.format("combine"),
+    "moe_mlp_inference": "it keeps nothing for backward, call moe_ops::moe_mlp",
+    "moe_mlp_backward": _ONCE.format("moe_mlp"),
 }
 
 Gradients = tuple[Tensor | None, ...]
@@ -39,7 +44,7 @@ def register() -> None:
         torch.library.register_autograd(f"moe_ops::{name}", backward, setup_context=keep)
         operator = getattr(ops, name)
         _RECORDERS[operator] = _recorder(operator, keep, backward)
-    for name in BACKWARD_OF:
+    for name in WITHOUT_GRADIENT:
         torch.library.register_autograd(f"moe_ops::{name}", _refuse_backward(name))
     for name in OPERATORS:
         torch.library.register_vmap(f"moe_ops::{name}", _refuse_vmap(name))
@@ -50,29 +55,40 @@ def call(operator: Any, *args: Any) -> Any:
 
     Tracers, torch.func and arguments that override torch's functions meet the operator and its registered formula.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not _HAS_INTERNALS
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or has_torch_function(args)
-    ):
+    if is_compiling() or not _HAS_INTERNALS or _is_tracing() or _are_transforms_active() or has_torch_function(args):
         return operator(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if is_grad_enabled() and _any_requires_grad(*args):
         return _RECORDERS.get(operator, operator)(*args)
-    return _without_autograd(operator, args)
+    return without_autograd(operator.default, *args)
+
+
+def nobody_looks() -> bool:
+    """Whether neither gradients nor a tracer, a transform or a tangent of torch.func are asked for."""
+    watched = is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
+    return _HAS_INTERNALS and not (watched or _is_tracing() or _are_transforms_active())
+
+
+def without_autograd(operator: Any, *args: Any) -> Any:
+    """operator(*args), an overload, past torch's layer of gradients."""
+    with _AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 _RECORDERS: dict[Any, Any] = {}  # of the operators that have a formula
 
 # What `call` uses of torch that has no public name: a torch that lacks some of it gets the operators as they are.
-_INTERNALS = ("_is_tracing", "_are_functorch_transforms_active", "_any_requires_grad", "_AutoDispatchBelowAutograd")
-_HAS_INTERNALS = all(hasattr(torch._C, name) for name in _INTERNALS)
+try:
+    from torch._C import _any_requires_grad, _AutoDispatchBelowAutograd, _is_tracing
+    from torch._C import _are_functorch_transforms_active as _are_transforms_active
+except ImportError:
+    _HAS_INTERNALS = False
+else:
+    _HAS_INTERNALS = True
 
 
 def _recorder(operator: Any, keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
-        output = _without_autograd(operator, args)
+        output = without_autograd(operator.default, *args)
         keep(ctx, args, output)
         return output
 
@@ -81,17 +97,9 @@ def _recorder(operator: Any, keep: Callable[..., None], backward: Callable[..., 
     return function.apply
 
 
-def _without_autograd(operator: Any, args: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.default(*args)
-
-
 def _refuse_backward(name: str) -> Callable[..., NoReturn]:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"moe_ops::{name} has no gradient: {BACKWARD_OF[name]} cannot be differentiated twice "
-            "(double backward, create_graph=True)"
-        )
+        raise RuntimeError(f"moe_ops::{name} has no gradient: {WITHOUT_GRADIENT[name]}")
 
     return backward
 

@@ -188,6 +188,33 @@ def moe_mlp(
     return _empty(x, x.shape), _empty(x, (row_slot.shape[0], w_in.shape[1]), asked=keep_pre)
 
 
+def moe_mlp_inference(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: int,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    up_offset: float,
+    weight_on_input: bool,
+    allow_tf32: bool,
+    batch_invariant: bool,
+    panels_in: Tensor | None,
+    panels_out: Tensor | None,
+) -> Tensor:
+    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
+    packing.check("moe_mlp", "w_in", w_in, panels_in, "x", x)
+    packing.check("moe_mlp", "w_out", w_out, panels_out, "x", x)
+    checks.mlp_experts(x, weights, w_in, experts, None)
+    return _empty(x, x.shape)
+
+
 def moe_mlp_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -237,5 +264,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "combine": combine,
     "combine_backward": combine_backward,
     "moe_mlp": moe_mlp,
+    "moe_mlp_inference": moe_mlp_inference,
     "moe_mlp_backward": moe_mlp_backward,
 }

@@ -1,14 +1,17 @@
 """What is composed of the five verbs: dispatch, from tokens to rows; combine, back; moe_mlp, from tokens to tokens."""
 
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from moe_ops import autocast, checks, exchange, numerics, ops, packing
-from moe_ops.autograd import call
+from moe_ops.autograd import call, nobody_looks, without_autograd
 from moe_ops.packing import operand
 from moe_ops.types import ExpertParallelPlan, PackedWeight, Plan
+
+_moe_mlp_inference = torch.ops.moe_ops.moe_mlp_inference.default
 
 
 @overload
@@ -178,6 +181,12 @@ def moe_mlp(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
         RuntimeError: a weight is packed and a gradient is needed.
     """
+    named = (activation, layout, alpha, limit, up_offset, weight_on, drop_policy)
+    if plan is None and capacity is None and nobody_looks() and not autocast.is_enabled():
+        try:
+            return _inference(x, weights, experts, w_in, w_out, b_in, b_out, gated, named)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            pass  # comes again below, where every argument is checked by name
     checks.no_tangents("moe_mlp", x, weights, w_in, w_out, b_in, b_out)
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
     checks.flag("moe_mlp", "gated", gated)
@@ -185,9 +194,7 @@ def moe_mlp(
     checks.moe_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out)
     packing.check("moe_mlp", "w_in", weight_in, panels_in, "x", x)
     packing.check("moe_mlp", "w_out", weight_out, panels_out, "x", x)
-    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = mlp_options(
-        "moe_mlp", x.dtype, activation, layout, alpha, limit, up_offset, weight_on, drop_policy
-    )
+    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = mlp_options("moe_mlp", x.dtype, *named)
     if plan is None:
         checks.mlp_experts(x, weights, weight_in, experts, capacity)
         if not torch.compiler.is_compiling():
@@ -211,6 +218,41 @@ def moe_mlp(
         numerics.is_batch_invariant(), keep_pre, panels_in, panels_out,
     )  # fmt: skip
     return y
+
+
+def _inference(
+    x: Tensor,
+    weights: Tensor,
+    experts: Any,
+    w_in: Tensor | PackedWeight,
+    w_out: Tensor | PackedWeight,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    gated: bool,
+    named: tuple[Any, ...],
+) -> Tensor:
+    """moe_mlp as one operator.
+
+    Where weights come from memory, so do the instructions and objects on the way here, line by line: hence a short way,
+    on which the operator alone checks the tensors.
+    """
+    panels_in = panels_out = None
+    if isinstance(w_in, PackedWeight):
+        panels_in, w_in = w_in.panels, w_in.stand_in
+    if isinstance(w_out, PackedWeight):
+        panels_out, w_out = w_out.panels, w_out.stand_in
+    act, interleaved, alpha, bound, up_offset, weight_on_input, _ = _known_options(gated, x.dtype, *named)
+    y: Tensor = without_autograd(
+        _moe_mlp_inference, x, weights, experts, w_in, w_out, b_in, b_out, act, gated, interleaved, alpha, bound,
+        up_offset, weight_on_input, numerics.allow_tf32(x), numerics.is_batch_invariant(), panels_in, panels_out,
+    )  # fmt: skip
+    return y
+
+
+@lru_cache(typed=True)
+def _known_options(gated: Any, dtype: torch.dtype, *named: Any) -> tuple[int, bool, float, float, float, bool, int]:
+    checks.flag("moe_mlp", "gated", gated)
+    return mlp_options("moe_mlp", dtype, *named)
 
 
 def mlp_options(

@@ -19,6 +19,7 @@ OPERATORS = (
     "combine",
     "combine_backward",
     "moe_mlp",
+    "moe_mlp_inference",
     "moe_mlp_backward",
 )
 
