@@ -133,15 +133,37 @@ def test_layouts(layout, dtype, weight_on, device, instruction_set):
 
 
 @pytest.mark.parametrize("layout", [lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)], ids=["transposed"])
+@pytest.mark.parametrize("options", [{}, GPT_OSS], ids=["concatenated", "gpt_oss"])
 @pytest.mark.parametrize("dtype", LOW)
-def test_layouts_of_low_dtypes(layout, dtype, device, instruction_set):
+def test_layouts_of_low_dtypes(layout, options, dtype, device, instruction_set):
     """As transformers' transposed experts lie in memory."""
     tensors = random_tensors(MEDIUM, dtype)
-    plain = compare(moe_mlp(MEDIUM.ids()), tensors, device, MLP)
+    plain = compare(moe_mlp(MEDIUM.ids(), **options), tensors, device, MLP)
     moved = tensors | {name: layout(tensors[name]) for name in ("w_in", "w_out", "x")}
-    ours = compare(moe_mlp(MEDIUM.ids()), moved, device, MLP)
+    ours = compare(moe_mlp(MEDIUM.ids(), **options), moved, device, MLP)
     for name in plain:
         assert_bitwise_equal(ours[name], plain[name], name)
+
+
+@every_dtype
+@pytest.mark.parametrize("inner", [5, 200])
+@pytest.mark.parametrize("tokens", [2, 9, 60])
+def test_gates_and_ups_in_turn_or_apart(tokens, inner, dtype, device, instruction_set):
+    """The same bits from either layout, but of x's gradient, a sum over gates and ups in their order."""
+    case = Case("", tokens=tokens, experts=2, top_k=1, hidden=37, inner=inner)
+    apart = {n: place(t, device) for n, t in random_tensors(case, dtype).items()}
+    order = torch.arange(2 * inner, device=device).view(2, inner).t().flatten()  # 0, inner, 1, inner + 1, ...
+    in_turn = apart | {"w_in": apart["w_in"][:, order], "b_in": apart["b_in"][:, order]}
+    results = []
+    for layout, tensors in (("concatenated", apart), ("interleaved", in_turn)):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        y = moe_mlp(case.ids(), layout=layout)(moe_ops, **leaves)
+        grads = torch.autograd.grad(y, list(leaves.values()), place(randn(tokens, 37, dtype=dtype, seed=9), device))
+        results.append({"y": y} | dict(zip(leaves, grads, strict=True)))
+    for name in ("w_in", "b_in"):
+        results[0][name] = results[0][name][:, order]
+    for name in results[0].keys() - {"x"}:
+        assert_bitwise_equal(results[1][name], results[0][name], name)
 
 
 @pytest.mark.parametrize("expand", [same_rows, constant])

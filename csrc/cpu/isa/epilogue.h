@@ -36,21 +36,41 @@ inline InnerColumns inner_columns(const Activation& activation, int64_t i, int64
   return activation.interleaved ? InnerColumns{2 * i, 2 * i + 1, 2} : InnerColumns{i, inner + i, 1};
 }
 
-// A row of values at distance `step` (1 or 2), as vectors.
+template <class C>
+struct GateAndUp {
+  Vec<C> gate, up;
+};
+
+// Of values that alternate.
+template <class C>
+MOE_INLINE GateAndUp<C> part(Vec<C> first, Vec<C> second) {
+  constexpr std::make_integer_sequence<int, kLanes<C>> lanes;
+  return {every_second<C, 0>(first, second, lanes), every_second<C, 1>(first, second, lanes)};
+}
+
+// Of a row of pre-activations or of their gradients: the gates and the ups of the inner columns from j on, n of them.
 template <class C, class S>
-MOE_INLINE Vec<C> load_strided(const S* from, int64_t step, int64_t n) {
-  if (step == 1) return load<C>(from, n);
-  S values[kLanes<C>] = {};
-  for (int64_t i = 0; i < n && i < kLanes<C>; ++i) values[i] = from[i * step];
-  return load<C>(values);
+MOE_INLINE GateAndUp<C> load_gate_and_up(const S* row, InnerColumns at, int64_t j, int64_t n) {
+  if (at.step == 1) return {load<C>(row + at.gate + j, n), load<C>(row + at.up + j, n)};
+  constexpr int lanes = kLanes<C>;
+  const S* from = row + at.gate + 2 * j;
+  S few[2 * lanes] = {};
+  if (n < lanes) from = static_cast<const S*>(std::memcpy(few, from, 2 * n * sizeof(S)));
+  return part<C>(load<C>(from), load<C>(from + lanes));
 }
 
 template <class C, class S>
-MOE_INLINE void store_strided(S* to, int64_t step, Vec<C> value, int64_t n) {
-  if (step == 1) return store<C>(to, value, n);
-  S values[kLanes<C>];
-  store<C>(values, value);
-  for (int64_t i = 0; i < n && i < kLanes<C>; ++i) to[i * step] = values[i];
+MOE_INLINE void store_gate_and_up(S* row, InnerColumns at, int64_t j, GateAndUp<C> values, int64_t n) {
+  if (at.step == 1) {
+    store<C>(row + at.gate + j, values.gate, n);
+    if (at.up != at.gate) store<C>(row + at.up + j, values.up, n);
+    return;
+  }
+  constexpr int lanes = kLanes<C>;
+  constexpr std::make_integer_sequence<int, lanes> each;
+  S* const to = row + at.gate + 2 * j;
+  store<C>(to, alternating<C, 0>(values.gate, values.up, each), 2 * n);
+  if (2 * n > lanes) store<C>(to + lanes, alternating<C, 1>(values.gate, values.up, each), 2 * n - lanes);
 }
 
 // A run of an expert's biases: begin, begin + step, ...
@@ -82,6 +102,21 @@ void store_tile(const GroupedGemmParams& p, const Tile& tile, const C* values) {
   }
 }
 
+// A tile whose gates and ups alternate, as the epilogue wants it.
+template <class C>
+void part_gates_from_ups(int64_t rows, int64_t cols, C* tile) {
+  constexpr int lanes = kLanes<C>;
+  for (int64_t row = 0; row < rows; ++row, tile += kTileCols) {
+    C ups[kTileCols / 2];
+    for (int64_t j = 0; j < cols; j += lanes) {
+      const auto values = part<C>(load_vector<C>(tile + 2 * j), load_vector<C>(tile + 2 * j + lanes));
+      store_vector(tile + j, values.gate);
+      store_vector(ups + j, values.up);
+    }
+    std::memcpy(tile + kTileCols / 2, ups, cols * sizeof(C));
+  }
+}
+
 template <class S, class C>
 void activate_tile(const GroupedGemmParams& p, const Tile& tile, const C* values) {
   constexpr int lanes = kLanes<C>, half = kTileCols / 2;
@@ -98,10 +133,7 @@ void activate_tile(const GroupedGemmParams& p, const Tile& tile, const C* values
       const int64_t n = tile.cols - j;
       const auto gate = load<C>(values + j) + load<C>(bias + j);
       const auto up = gated ? load<C>(values + half + j) + load<C>(bias + half + j) : gate;
-      if (pre) {
-        store_strided<C>(pre + at.gate + j * at.step, at.step, gate, n);
-        if (gated) store_strided<C>(pre + at.up + j * at.step, at.step, up, n);
-      }
+      if (pre) store_gate_and_up<C>(pre, at, j, {gate, up}, n);
       store<C>(out + j, ActivationMath<LaneMath<C>>::forward(p.activation, gate, up), n);
     }
   }
@@ -113,7 +145,6 @@ template <class S, class C>
 void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile, const C* values, C* share,
                             int64_t share_stride) {
   constexpr int lanes = kLanes<C>;
-  const bool gated = p.activation.gated;
   const InnerColumns at = inner_columns(p.activation, tile.col_begin, p.n);
   for (int64_t i = 0; i < tile.rows; ++i, values += kTileCols) {
     const int64_t row = tile.row_begin + i;
@@ -124,14 +155,12 @@ void activate_backward_tile(const GroupedGemmParams& p, const Tile& tile, const 
     Vec<C> sum{};
     for (int64_t j = 0; j < tile.cols; j += lanes) {
       const int64_t n = tile.cols - j;
-      const auto gate = load_strided<C>(pre + at.gate + j * at.step, at.step, n);
-      const auto up = gated ? load_strided<C>(pre + at.up + j * at.step, at.step, n) : gate;
+      const auto [gate, up] = load_gate_and_up<C>(pre, at, j, n);
       const auto grad = load<C>(values + j, n) + C(0);  // -0 as +0: few rows add zeros behind the last value
       const auto g = ActivationMath<LaneMath<C>>::backward(p.activation, gate, up, broadcast(score) * grad);
       sum = sum + grad * g.value;
       store<C>(out + j, broadcast(score) * g.value, n);
-      store_strided<C>(grad_pre + at.gate + j * at.step, at.step, g.gate, n);
-      if (gated) store_strided<C>(grad_pre + at.up + j * at.step, at.step, g.up, n);
+      store_gate_and_up<C>(grad_pre, at, j, {g.gate, g.up}, n);
     }
     if (share) share[row * share_stride] += sum_lanes<C>(sum);
   }

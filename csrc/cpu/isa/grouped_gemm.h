@@ -58,26 +58,25 @@ struct WeightChunks {
   Chunk at(int64_t i) const {
     if (i >= count) return {};
     const int64_t k = i / per_block * kBlockDepth<Ar>, half = i % per_block / per_half, col = i % per_half * cols;
-    return {w.run(half) + col * w.col_stride() + k * w.k_stride, k, min(w.depth - k, kBlockDepth<Ar>),
+    return {w.run(half) + col * w.n_stride + k * w.k_stride, k, min(w.depth - k, kBlockDepth<Ar>),
             min(w.cols - col, cols), half * kTileCols / 2 + col};
   }
   Ahead ahead(const Chunk& c) const {
     constexpr int64_t size = sizeof(W);
     const auto* begin = reinterpret_cast<const char*>(c.weights);
-    return along ? Ahead{begin, w.col_stride() * size, c.cols, c.depth * size}
+    return along ? Ahead{begin, w.n_stride * size, c.cols, c.depth * size}
                  : Ahead{begin, w.k_stride * size, c.depth, c.cols * size};
   }
   void ask_for(const Chunk& c) const {
     for (int64_t i = 0; i < (along ? c.cols : c.depth); ++i)
-      fetch_ahead<2>(c.weights + i * (along ? w.col_stride() : w.k_stride), along ? c.depth : c.cols);
+      fetch_ahead<2>(c.weights + i * (along ? w.n_stride : w.k_stride), along ? c.depth : c.cols);
   }
   void pack(const Chunk& c, typename Ar::Element* to, int64_t first_step) const {
-    pack_weights<Ar, X>(c.weights, w.col_stride(), w.k_stride, c.cols, c.depth, to, first_step);
+    pack_weights<Ar, X>(c.weights, w.n_stride, w.k_stride, c.cols, c.depth, to, first_step);
   }
   Packing beside(const Chunk& c, const Chunk& behind, typename Ar::Element* to, int64_t turns) const {
-    if constexpr (along) return {c.weights, behind.weights, w.col_stride(), c.cols, c.depth, to, turns};
-    else
-      return {{c.weights, w.k_stride}, {behind.weights, w.k_stride}, c.cols, c.depth, to, turns, w.col_stride() == 1};
+    if constexpr (along) return {c.weights, behind.weights, w.n_stride, c.cols, c.depth, to, turns};
+    else return {{c.weights, w.k_stride}, {behind.weights, w.k_stride}, c.cols, c.depth, to, turns, w.n_stride == 1};
   }
 };
 
@@ -126,10 +125,10 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
       const W* weights = w.run(half) + k * w.k_stride;
       auto* const to = blocks.tile + half * kTileCols / 2;
       if constexpr (way == FewRows::dots)
-        multiply_few_dots<Ar, X>(a.count, blocks.a[0], weights, w.col_stride(), w.cols, depth, to, k == 0);
+        multiply_few_dots<Ar, X>(a.count, blocks.a[0], weights, w.n_stride, w.cols, depth, to, k == 0);
       else if constexpr (way == FewRows::squares)
-        multiply_few_squares<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr,
-                                    w.col_stride(), w.cols, depth, to, k == 0);
+        multiply_few_squares<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr, w.n_stride,
+                                    w.cols, depth, to, k == 0);
       else multiply_few_across<Ar, X>(a.count, blocks.a[0], weights, w.k_stride, w.cols, depth, to, k == 0);
     }
   }
@@ -146,7 +145,7 @@ void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w
   const bool few = a.count <= kFewRows, along = w.k_stride == 1;
   if (along && a.count <= kDotRows<W> && !batch_invariant) multiply_unpacked<FewRows::dots, Ar>(a, w, blocks);
   else if (few && along) multiply_unpacked<FewRows::squares, Ar>(a, w, blocks);
-  else if (few && w.col_stride() == 1) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
+  else if (few && w.n_stride == 1) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
   else if (!along) multiply_packed<ManyRows::across, Ar>(a, w, blocks);
   else if (turns_of_block<Ar>(a.count, kPanel<Ar>, kBlockSteps) >= PanelBeside<Ar, X, W, false>::kPanelPieces)
     multiply_packed<ManyRows::along, Ar>(a, w, blocks);
@@ -167,16 +166,18 @@ void grouped_gemm_tile(const GroupedGemmParams& p, const Tile& tile, void* parti
   if (tile.cols == 0) return;
 
   const bool gated = p.epilogue == Epilogue::activate && p.activation.gated;
-  const TileWeights<W> w{
-      .data = static_cast<const W*>(p.weight.data) + tile.expert * p.weight.expert_stride,
-      .n_stride = p.weight.n_stride,
-      .k_stride = p.weight.k_stride,
-      .depth = p.k,
-      .at = inner_columns(gated ? p.activation : Activation{.gated = false}, tile.col_begin, p.n / 2),
-      .cols = tile.cols,
-      .gated = gated,
-      .prepacked = p.weight.prepacked};
+  const bool interleaved = gated && p.activation.interleaved;  // gates and ups stand in one run
+  const TileWeights<W> w{.data = static_cast<const W*>(p.weight.data) + tile.expert * p.weight.expert_stride,
+                         .n_stride = p.weight.n_stride,
+                         .k_stride = p.weight.k_stride,
+                         .depth = p.k,
+                         .first = interleaved ? 2 * tile.col_begin : tile.col_begin,
+                         .ups = p.n / 2 + tile.col_begin,
+                         .cols = interleaved ? 2 * tile.cols : tile.cols,
+                         .gated = gated && !interleaved,
+                         .prepacked = p.weight.prepacked};
   multiply_tile<Ar>(a, w, p.batch_invariant, blocks);
+  if (interleaved) part_gates_from_ups(tile.rows, tile.cols, blocks.tile);
 
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<X>(p, tile, blocks.tile);

@@ -24,15 +24,15 @@ void add_panels(const TileWeights<X>& w, int64_t begin, int64_t cols, int64_t ti
 // Where ups follow all gates and begin within a panel, this many others stand before them.
 template <class Ar, class X>
 int64_t before_ups(const TileWeights<X>& w) {
-  return w.gated && w.at.step == 1 ? w.at.up % kPanel<Ar> : 0;
+  return w.gated ? w.ups % kPanel<Ar> : 0;
 }
 
 template <class Ar, class X>
 PackedPanels<X> panels_of(const TileWeights<X>& w) {
   PackedPanels<X> panels;
-  add_panels<Ar>(w, w.at.gate, w.interleaved() ? 2 * w.cols : w.cols, 0, panels);
+  add_panels<Ar>(w, w.first, w.cols, 0, panels);
   const int64_t before = before_ups<Ar>(w);
-  if (w.gated && !w.interleaved()) add_panels<Ar>(w, w.at.up - before, w.cols + before, kTileCols / 2, panels);
+  if (w.gated) add_panels<Ar>(w, w.ups - before, w.cols + before, kTileCols / 2, panels);
   return panels;
 }
 
@@ -52,22 +52,6 @@ const typename Ar::Element* panel_block(const X* from, int64_t depth, typename A
         store_vector(buffer + (k + 1) * cols + col, values[1]);
       }
     return buffer;
-  }
-}
-
-// Gates to the first half of each row of the tile, ups to the second, as the epilogue wants them.
-template <class C>
-void part_gates_from_ups(bool interleaved, int64_t before, int64_t rows, int64_t cols, C* tile) {
-  constexpr int64_t half = kTileCols / 2;
-  for (int64_t row = 0; row < rows; ++row, tile += kTileCols) {
-    if (interleaved) {
-      C ups[half];
-      for (int64_t j = 0; j < cols; ++j) ups[j] = tile[2 * j + 1];
-      for (int64_t j = 0; j < cols; ++j) tile[j] = tile[2 * j];
-      std::memcpy(tile + half, ups, cols * sizeof(C));
-    } else {
-      std::memmove(tile + half, tile + half + before, cols * sizeof(C));
-    }
   }
 }
 
@@ -137,8 +121,11 @@ void multiply_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<
   const auto panels = panels_of<Ar>(w);
   if (a.count <= kMicroRows) multiply_few_prepacked<Ar>(a, w, panels, blocks);
   else multiply_many_prepacked<Ar>(a, w, panels, blocks);
-  const int64_t before = before_ups<Ar>(w);
-  if (w.interleaved() || before) part_gates_from_ups(w.interleaved(), before, a.count, w.cols, blocks.tile);
+  if (const int64_t before = before_ups<Ar>(w))
+    for (int64_t row = 0; row < a.count; ++row) {
+      auto* const ups = blocks.tile + row * kTileCols + kTileCols / 2;
+      std::memmove(ups, ups + before, w.cols * sizeof(*ups));
+    }
 }
 
 }  // namespace moe::MOE_ISA

@@ -28,19 +28,15 @@ struct TileRows {
   int64_t count;
 };
 
-// The weights that a tile multiplies: `cols` columns, or as many gates and ups: rows at.gate, at.gate + at.step, ...
-// and at.up, at.up + at.step, ... of an expert.
+// The weights that a tile multiplies: rows `first`, first + 1, ... of an expert, `cols` of them, for the columns of the
+// tile; or as many gates, and ups from row `ups` on, for its halves.
 template <class W>
 struct TileWeights {
   const W* data;
-  int64_t n_stride, k_stride, depth;
-  InnerColumns at;
-  int64_t cols;
+  int64_t n_stride, k_stride, depth, first, ups, cols;
   bool gated, prepacked;
 
-  const W* run(int64_t half) const { return data + (half ? at.up : at.gate) * n_stride; }
-  int64_t col_stride() const { return at.step * n_stride; }
-  bool interleaved() const { return gated && at.step == 2; }
+  const W* run(int64_t half) const { return data + (half ? ups : first) * n_stride; }
 };
 
 }  // namespace moe::MOE_ISA

@@ -24,6 +24,19 @@ MOE_INLINE void unzip(Vec<E>& a, Vec<E>& b, std::integer_sequence<int, lane...>)
   b = bit_cast<Vec<E>>(__builtin_shufflevector(x, y, (unzipped<E, within>(lane, 1))...));
 }
 
+// Every second value of a, then of b, from the first or (odd = 1) the second on.
+template <class C, int odd, int... lane>
+MOE_INLINE Vec<C> every_second(Vec<C> a, Vec<C> b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (2 * lane + odd)...);
+}
+
+// Values of a and b in turn: of the first (half = 0) or the second half of their lanes.
+template <class C, int half, int... lane>
+MOE_INLINE Vec<C> alternating(Vec<C> a, Vec<C> b, std::integer_sequence<int, lane...>) {
+  constexpr int n = kLanes<C>;
+  return __builtin_shufflevector(a, b, (half * n / 2 + lane / 2 + lane % 2 * n)...);
+}
+
 // Two rows of 16-bit values side by side, their columns in order: the first half of them, and the second.
 template <int... lane>
 MOE_INLINE void interleave(Vec<uint16_t> a, Vec<uint16_t> b, Vec<uint32_t>* to, std::integer_sequence<int, lane...>) {
