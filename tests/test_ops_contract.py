@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import moe_ops
 from calls import Calls
-from cases import DEVICE, WIDEST
+from cases import DEVICE, WIDEST, integers, offsets_of, randn
 from moe_ops.library import OPERATORS
 from samples import INNER, SAMPLES, E, H, K, Maker, T
 
@@ -300,6 +300,20 @@ def test_integer_outputs_carry_no_gradient(make):
     assert result.weights.requires_grad and result.mean_prob.requires_grad and result.logsumexp.requires_grad
     assert not result.experts.requires_grad and not result.counts.requires_grad
     assert moe_ops.route(make(T, E, grad=False), K, selection_bias=make(E))[0].requires_grad is False
+
+
+@pytest.mark.parametrize("rows", (1, 13, 40, 200))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_weight_gradients_are_added_in_any_dtype(dtype, rows, device, instruction_set):
+    """What stands in the output and the sum are added in float32 and rounded once; without rows it stays."""
+    offsets = offsets_of([rows, 0, rows // 2]).to(device)
+    grad, a = (integers(rows + rows // 2, n, seed=n).to(device, torch.bfloat16) for n in (200, 270))
+    sums = torch.ops.moe_ops.grouped_gemm_weight_grad(grad, a, offsets, None, 1, torch.float32, False)
+    before = randn(3, 200, 270, dtype=dtype).to(device)
+    added = before.clone()
+    torch.ops.moe_ops.grouped_gemm_weight_grad_(added, grad, a, offsets, None, 1, False)
+    assert torch.equal(added, (before.float() + sums).to(dtype))
+    assert torch.equal(added[1], before[1])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
