@@ -70,6 +70,7 @@ def exact(x: Tensor, router: Tensor, w_in: Tensor, w_out: Tensor, s: Shape, expe
 
 
 def prepacked(sets: list[Results], s: Shape) -> Callable[[int], Tensor]:
+    """Ours on packed weights, which live as long as the function returned."""
     packed = [(moe_ops.prepack(w_in), moe_ops.prepack(w_out)) for _, _, w_in, w_out in sets]
     return lambda i: ours(*sets[i][:2], *packed[i], s)
 

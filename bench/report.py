@@ -62,8 +62,8 @@ def relative_error(results: Any, expected: Any) -> float:
         if result.shape != wanted.shape:
             return float("inf")
         if wanted.numel():
-            parts = zip(result.detach().unbind(), wanted.unbind(), strict=True)  # one expert at a time in float64
-            difference = torch.stack([(part.double() - its).abs().max() for part, its in parts]).max()
+            parts = zip(result.detach().unbind(), wanted.unbind(), strict=True)  # of a weight one expert at a time
+            difference = torch.stack([(got.double() - exact).abs().max() for got, exact in parts]).max()
             error = difference / wanted.abs().max().clamp_min(1e-30)
             worst = max(worst, float(error.nan_to_num(float("inf"))))
     return worst

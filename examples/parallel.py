@@ -56,11 +56,11 @@ class Ranks:
         if self.rank == self.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def end(self) -> None:
-        """The last call: ends the group, and a process that had one.
+    def exit(self) -> None:
+        """Ends the group and, where there was one, the process: call it last.
 
-        At once, because torch keeps Gloo's threads past the group, and one that still has a tensor to free aborts with
-        an interpreter that is being taken down.
+        By os._exit, because Gloo's threads outlive the group, and one that frees a tensor while the interpreter shuts
+        down aborts.
         """
         if self.group is not None:
             dist.destroy_process_group()

@@ -333,7 +333,7 @@ def main() -> None:
         if args.sample:
             print(written)
         print(f"final loss: {history[-1].loss:.4f}")
-    ranks.end()
+    ranks.exit()
 
 
 if __name__ == "__main__":

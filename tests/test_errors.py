@@ -275,7 +275,7 @@ def test_every_argument_has_a_bad_input(name):
     assert spoilt == set(inspect.signature(getattr(moe_ops, name)).parameters)
 
 
-def spoil(name, changed, error, text):
+def assert_refused(name, changed, error, text):
     argument = next(iter(changed))
     with pytest.raises(error) as caught:
         getattr(moe_ops, name)(**(GOOD[name] | changed))
@@ -288,14 +288,14 @@ def spoil(name, changed, error, text):
     ("name", "changed", "error", "text"), BAD, ids=[f"{name}-{next(iter(changed))}" for name, changed, *_ in BAD]
 )
 def test_bad_input(name, changed, error, text):
-    spoil(name, changed, error, text)
+    assert_refused(name, changed, error, text)
 
 
 @pytest.mark.parametrize("bad", [bad for bad in BAD if bad[0] == "moe_mlp"], ids=lambda bad: next(iter(bad[1])))
 def test_bad_input_of_inference(bad):
-    """Tensors are then checked by the operator first."""
+    """moe_mlp_inference refuses first; the error is the same."""
     with torch.no_grad():
-        spoil(*bad)
+        assert_refused(*bad)
 
 
 def test_operators_called_directly_check_shapes_when_traced():

@@ -148,14 +148,14 @@ def test_layouts_of_low_dtypes(layout, options, dtype, device, instruction_set):
 @every_dtype
 @pytest.mark.parametrize("inner", [5, 200])
 @pytest.mark.parametrize("tokens", [2, 9, 60])
-def test_gates_and_ups_in_turn_or_apart(tokens, inner, dtype, device, instruction_set):
-    """The same bits from either layout, but of x's gradient, a sum over gates and ups in their order."""
+def test_interleaved_has_the_bits_of_concatenated(tokens, inner, dtype, device, instruction_set):
+    """But for x's gradient, which is a sum over gates and ups in their order."""
     case = Case("", tokens=tokens, experts=2, top_k=1, hidden=37, inner=inner)
-    apart = {n: place(t, device) for n, t in random_tensors(case, dtype).items()}
+    concatenated = {n: place(t, device) for n, t in random_tensors(case, dtype).items()}
     order = torch.arange(2 * inner, device=device).view(2, inner).t().flatten()  # 0, inner, 1, inner + 1, ...
-    in_turn = apart | {"w_in": apart["w_in"][:, order], "b_in": apart["b_in"][:, order]}
+    interleaved = concatenated | {"w_in": concatenated["w_in"][:, order], "b_in": concatenated["b_in"][:, order]}
     results = []
-    for layout, tensors in (("concatenated", apart), ("interleaved", in_turn)):
+    for layout, tensors in (("concatenated", concatenated), ("interleaved", interleaved)):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         y = moe_mlp(case.ids(), layout=layout)(moe_ops, **leaves)
         grads = torch.autograd.grad(y, list(leaves.values()), place(randn(tokens, 37, dtype=dtype, seed=9), device))

@@ -1,4 +1,4 @@
-"""moe_mlp where nothing but the result is wanted: one operator, with the bits of the two that others take."""
+"""moe_mlp under no_grad is one operator, bitwise equal to plan and moe_mlp."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_packed_weights(dtype, device, switches):
             assert_bitwise_equal(y, expected)
 
 
-def test_whoever_wants_more_takes_the_two_operators(device):
+def test_capacity_plan_and_autocast_take_the_general_path(device):
     tensors = {n: place(t, device) for n, t in random_tensors(PREFILL).items()}
     plan = moe_ops.plan(place(PREFILL.ids(), device), PREFILL.experts)
     with torch.no_grad():

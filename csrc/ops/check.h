@@ -1,5 +1,6 @@
-// What the operators check before they touch memory, and how a tensor becomes a stage's struct. Users' mistakes are
-// caught in Python with better texts; these checks only keep a wrong call from leaving its buffers.
+// What the operators check before they touch memory, and how a tensor becomes a stage's struct. Python catches users'
+// mistakes with better texts; these checks keep a wrong call from leaving its buffers. moe_mlp_inference is called
+// before Python has looked: it must refuse whatever Python refuses (tests/test_errors.py).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,8 +51,17 @@ inline void expect_type(const char* what, const Tensor& t, ScalarType type) {
   STD_TORCH_CHECK(t.scalar_type() == type, what, " has the wrong dtype");
 }
 
-inline void expect_device(const char* what, const Tensor& t, const Tensor& first) {
-  STD_TORCH_CHECK(t.device() == first.device(), what, " is on another device");
+inline void expect_device(const char* what, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.device() == like.device(), what, " is on another device");
+}
+
+// Ids of experts; returns whether they are int64. An int32 numbers their slots.
+inline bool expect_ids(const char* what, const Tensor& t, std::initializer_list<int64_t> shape) {
+  expect_shape(what, t, shape);
+  STD_TORCH_CHECK(t.numel() <= std::numeric_limits<int32_t>::max(), what, " must have fewer than 2^31 elements");
+  if (t.scalar_type() == ScalarType::Long) return true;
+  expect_type(what, t, ScalarType::Int);
+  return false;
 }
 
 // row_slot or slot_row: int32, and few enough elements that an int32 numbers them.

@@ -51,6 +51,13 @@ inline void expect_expert_type(const char* what, const Tensor& t, const Tensor& 
   STD_TORCH_CHECK(type == rows.scalar_type() || (type == ScalarType::Float && narrow), what, " has the wrong dtype");
 }
 
+inline void expect_bias(const char* what, const OptionalTensor& bias, const Tensor& rows, int64_t experts, int64_t n) {
+  if (!bias) return;
+  expect_shape(what, *bias, {experts, n});
+  expect_expert_type(what, *bias, rows);
+  expect_device(what, *bias, rows);
+}
+
 inline void expect_weights(const char* what, const Tensor& w, const Tensor& rows, int64_t n, int64_t k) {
   expect_shape(what, w, {-1, n, k});
   expect_expert_type(what, w, rows);

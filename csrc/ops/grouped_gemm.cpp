@@ -34,7 +34,7 @@ Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offs
   expect_weights("grouped_gemm: weight", weight, a, -1, a.size(1));
   expect_panels("grouped_gemm: panels", panels, weight, a);
   expect_offsets("grouped_gemm: offsets", offsets, weight.size(0));
-  if (bias) expect_shape("grouped_gemm: bias", *bias, {weight.size(0), weight.size(1)});
+  expect_bias("grouped_gemm: bias", bias, a, weight.size(0), weight.size(1));
   if (slot_row) expect_shape("grouped_gemm: slot_row", *slot_row, {a.size(0), -1});
   const auto rows = read_rows("grouped_gemm: row_slot", a, row_slot, slot_row ? slot_row->size(1) : 1);
   const auto w = panels ? weight : with_unit_stride(weight), starts = as_contiguous(offsets);

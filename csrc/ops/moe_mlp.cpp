@@ -1,5 +1,6 @@
 // The path from tokens to tokens: GEMM with the activation in its epilogue, GEMM, combine; rows of x are read where
 // they lie, no permuted copy is made. Kept for the backward: the pre-activation, and nothing else that is not an input.
+// moe_mlp_inference plans as well, and keeps nothing.
 #include "ops/gemm_operands.h"
 
 namespace moe {
@@ -26,7 +27,7 @@ struct Layer {
   Vector on_output() const { return weight_on_input ? Vector{} : score(); }
 };
 
-// All but the plan.
+// All but the plan, which the caller sets: it is checked against the rest.
 Layer layer(const Tensor& x, const Tensor& weights, const Tensor& w_in, const Tensor& w_out, int64_t act, bool gated,
             bool interleaved, double alpha, double limit, double up_offset, bool weight_on_input, bool allow_tf32,
             bool batch_invariant, const OptionalTensor& panels_in = {}, const OptionalTensor& panels_out = {}) {
@@ -63,27 +64,26 @@ PlanArrays given_plan(const Layer& m, const Tensor& offsets, const Tensor& row_s
   expect_row_slot("moe_mlp: row_slot", row_slot, m.tokens);
   expect_map("moe_mlp: slot_row", slot_row, {m.tokens, m.weights.size(1)});
   STD_TORCH_CHECK(slot_row.size(1) > 0 || row_slot.size(0) == 0, "moe_mlp: slot_row has no columns");
-  PlanArrays plan{.held = {as_contiguous(offsets), as_contiguous(row_slot), as_contiguous(slot_row)}};
-  plan.offsets = int32s(plan.held[0]);
-  plan.row_slot = int32s(plan.held[1]);
-  plan.slot_row = int32s(plan.held[2]);
-  plan.rows = row_slot.size(0);
-  plan.width = slot_row.size(1);
-  return plan;
+  const Tensor starts = as_contiguous(offsets), slots = as_contiguous(row_slot), rows = as_contiguous(slot_row);
+  return {.held = {starts, slots, rows},
+          .offsets = int32s(starts),
+          .row_slot = int32s(slots),
+          .slot_row = int32s(rows),
+          .rows = row_slot.size(0),
+          .width = slot_row.size(1)};
 }
 
-// The plan of every slot of `experts`, with room for all of it in one tensor.
+// The plan of every slot of `experts`, its arrays in one tensor: one allocation.
 PlanArrays make_plan(const Layer& m, const Tensor& experts) {
-  const bool is_int64 = experts.scalar_type() == ScalarType::Long;
-  if (!is_int64) expect_type("moe_mlp: experts", experts, ScalarType::Int);
-  expect_shape("moe_mlp: experts", experts, {m.tokens, m.weights.size(1)});
+  const bool is_int64 = expect_ids("moe_mlp: experts", experts, {m.tokens, m.weights.size(1)});
   expect_device("moe_mlp: experts", experts, m.x);
+  STD_TORCH_CHECK(m.num_experts >= 1 && m.num_experts < std::numeric_limits<int32_t>::max(),
+                  "moe_mlp: w_in must hold between 1 and 2^31 - 2 experts");
   const int64_t slots = experts.numel();
-  STD_TORCH_CHECK(slots <= std::numeric_limits<int32_t>::max(), "moe_mlp: experts must have fewer than 2^31 elements");
-  STD_TORCH_CHECK(m.num_experts >= 1, "moe_mlp: w_in has no experts");
-  const Tensor ids = as_contiguous(experts),
-               room = empty({2 * slots + 2 * m.num_experts + 1}, ScalarType::Int, experts);
-  PlanArrays made{.held = {room}, .row_slot = int32s(room), .rows = slots, .width = experts.size(1)};
+  const Tensor ids = as_contiguous(experts);
+  // row_slot [slots], slot_row [slots], offsets [E + 1], counts [E]
+  const Tensor arrays = empty({2 * slots + 2 * m.num_experts + 1}, ScalarType::Int, experts);
+  PlanArrays made{.held = {arrays}, .row_slot = int32s(arrays), .rows = slots, .width = experts.size(1)};
   made.slot_row = made.row_slot + slots;
   made.offsets = made.slot_row + slots;
   plan({.experts = ids.data_ptr(),
@@ -114,18 +114,11 @@ Tensor combine_rows(const Layer& m, const Tensor& rows, Vector weights, const De
   return y;
 }
 
-void expect_bias(const char* what, const OptionalTensor& bias, const Layer& m, int64_t n) {
-  if (!bias) return;
-  expect_shape(what, *bias, {m.num_experts, n});
-  expect_expert_type(what, *bias, m.x);
-  expect_device(what, *bias, m.x);
-}
-
-// y; the pre-activation is written where there is room for it.
+// Returns y, and writes the pre-activation where `pre` has memory.
 Tensor forward(const Layer& m, const OptionalTensor& b_in, const OptionalTensor& b_out, const OptionalTensor& panels_in,
                const OptionalTensor& panels_out, Matrix pre) {
-  expect_bias("moe_mlp: b_in", b_in, m, m.pre_cols);
-  expect_bias("moe_mlp: b_out", b_out, m, m.hidden);
+  expect_bias("moe_mlp: b_in", b_in, m.x, m.num_experts, m.pre_cols);
+  expect_bias("moe_mlp: b_out", b_out, m.x, m.num_experts, m.hidden);
   const auto bias_in = as_contiguous(b_in), bias_out = as_contiguous(b_out);
   const auto type = m.x.scalar_type();
   auto inner = empty({m.plan.rows, m.inner}, type, m.x), rows = empty({m.plan.rows, m.hidden}, type, m.x);
@@ -174,8 +167,8 @@ std::tuple<Tensor, Tensor> moe_mlp_op(const Tensor& x, const Tensor& weights, co
   return {forward(m, b_in, b_out, panels_in, panels_out, keep_pre ? matrix(pre) : Matrix{}), pre};
 }
 
-// plan and moe_mlp in one call: where weights come from memory so does what the host does, and a second operator's way
-// through torch takes as long as a megabyte of them.
+// plan and moe_mlp in one call. Where weights come from memory, so does the host's code: the way of a second operator
+// through torch takes as long as reading a megabyte of weights.
 Tensor moe_mlp_inference_op(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& w_in,
                             const Tensor& w_out, const OptionalTensor& b_in, const OptionalTensor& b_out,
                             int64_t activation, bool gated, bool interleaved, double alpha, double limit,
@@ -230,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
   expect_shape("moe_mlp_backward: grad_y", grad_y, {m.tokens, m.hidden});
   expect_type("moe_mlp_backward: grad_y", grad_y, x.scalar_type());
   expect_type("moe_mlp_backward: pre", pre, x.scalar_type());
-  if (b_out) expect_shape("moe_mlp_backward: b_out", *b_out, {m.num_experts, m.hidden});
+  expect_bias("moe_mlp_backward: b_out", b_out, x, m.num_experts, m.hidden);
   const auto dy = with_unit_rows(grad_y), h = as_contiguous(pre);
   const auto bias_out = as_contiguous(b_out);
   const auto none = [&](const Tensor& like) { return empty({0}, like.scalar_type(), x); };

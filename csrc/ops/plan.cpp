@@ -10,11 +10,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_op(const Tensor& experts_, int64_t num_experts,
                                                    std::optional<int64_t> capacity, int64_t drop_policy,
                                                    const OptionalTensor& weights_) {
-  expect_shape("plan: experts", experts_, {-1, -1});
-  bool is_int64 = experts_.scalar_type() == ScalarType::Long;
-  if (!is_int64) expect_type("plan: experts", experts_, ScalarType::Int);
+  const bool is_int64 = expect_ids("plan: experts", experts_, {-1, -1});
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(experts_.numel() <= limit, "plan: experts must have fewer than 2^31 elements");
   STD_TORCH_CHECK(num_experts >= 1 && num_experts < limit, "plan: num_experts must be between 1 and 2^31 - 2");
   STD_TORCH_CHECK(!capacity || *capacity >= 0, "plan: capacity must not be negative");
   STD_TORCH_CHECK(drop_policy >= 0 && drop_policy <= int64_t(DropPolicy::probability), "plan: no such drop_policy");

@@ -29,7 +29,7 @@ def _is_enabled() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-# Whether autocast is on for some device, asked once where torch has a name for that.
+# Whether autocast is on for any device: one question where torch has it, otherwise one for each.
 is_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _is_enabled)
 
 

@@ -1,7 +1,7 @@
 """Gradients of the operators: what each keeps for backward and which operator computes it.
 
 Backward reuses forward where it can: permute and combine without weights are each other's gradient, and the gradient of
-grouped_gemm's rows is grouped_gemm with transposed weights. The operators that exist for backward alone have no
+grouped_gemm's rows is grouped_gemm with transposed weights. The operators for backward or inference alone have no
 gradient of their own, and say so when one is asked for. torch.vmap over any operator is refused.
 
 Integer outputs carry no gradient. Only gradients that are needed are computed.
@@ -23,16 +23,16 @@ from moe_ops.library import OPERATORS
 
 ops = torch.ops.moe_ops
 
-_ONCE = "{} cannot be differentiated twice (double backward, create_graph=True)"
+_NOT_TWICE = "{} cannot be differentiated twice (double backward, create_graph=True)"
 
 # The operators that have no gradient, and why.
 WITHOUT_GRADIENT = {
-    "route_backward": _ONCE.format("route"),
-    "grouped_gemm_weight_grad": _ONCE.format("grouped_gemm"),
-    "grouped_gemm_bias_grad": _ONCE.format("grouped_gemm"),
-    "combine_backward": _ONCE.format("combine"),
+    "route_backward": _NOT_TWICE.format("route"),
+    "grouped_gemm_weight_grad": _NOT_TWICE.format("grouped_gemm"),
+    "grouped_gemm_bias_grad": _NOT_TWICE.format("grouped_gemm"),
+    "combine_backward": _NOT_TWICE.format("combine"),
     "moe_mlp_inference": "it keeps nothing for backward, call moe_ops::moe_mlp",
-    "moe_mlp_backward": _ONCE.format("moe_mlp"),
+    "moe_mlp_backward": _NOT_TWICE.format("moe_mlp"),
 }
 
 Gradients = tuple[Tensor | None, ...]
@@ -55,28 +55,32 @@ def call(operator: Any, *args: Any) -> Any:
 
     Tracers, torch.func and arguments that override torch's functions meet the operator and its registered formula.
     """
-    if is_compiling() or not _HAS_INTERNALS or _is_tracing() or _are_transforms_active() or has_torch_function(args):
+    if _is_traced() or has_torch_function(args):
         return operator(*args)
     if is_grad_enabled() and _any_requires_grad(*args):
         return _RECORDERS.get(operator, operator)(*args)
     return without_autograd(operator.default, *args)
 
 
-def nobody_looks() -> bool:
-    """Whether neither gradients nor a tracer, a transform or a tangent of torch.func are asked for."""
-    watched = is_compiling() or is_grad_enabled() or forward_ad._current_level >= 0
-    return _HAS_INTERNALS and not (watched or _is_tracing() or _are_transforms_active())
+def is_plain_inference() -> bool:
+    """Whether values alone are asked for: under no_grad, neither traced nor transformed, without forward-mode AD."""
+    return not (_is_traced() or is_grad_enabled() or forward_ad._current_level >= 0)
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile, a tracer or a transform of torch.func must meet the operator itself."""
+    return is_compiling() or not _HAS_INTERNALS or _is_tracing() or _are_transforms_active()
 
 
 def without_autograd(operator: Any, *args: Any) -> Any:
-    """operator(*args), an overload, past torch's layer of gradients."""
+    """Calls an operator's overload below torch's autograd layer."""
     with _AutoDispatchBelowAutograd():
         return operator(*args)
 
 
 _RECORDERS: dict[Any, Any] = {}  # of the operators that have a formula
 
-# What `call` uses of torch that has no public name: a torch that lacks some of it gets the operators as they are.
+# What the functions above use of torch that has no public name: a torch that lacks some gets the operators as they are.
 try:
     from torch._C import _any_requires_grad, _AutoDispatchBelowAutograd, _is_tracing
     from torch._C import _are_functorch_transforms_active as _are_transforms_active

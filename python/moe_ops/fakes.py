@@ -181,9 +181,7 @@ def moe_mlp(
     panels_in: Tensor | None,
     panels_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
-    packing.check("moe_mlp", "w_in", w_in, panels_in, "x", x)
-    packing.check("moe_mlp", "w_out", w_out, panels_out, "x", x)
+    packing.check_mlp(x, weights, w_in, w_out, gated, b_in, b_out, panels_in, panels_out)
     checks.mlp_plan(weights, w_in, offsets, row_slot, slot_row)
     return _empty(x, x.shape), _empty(x, (row_slot.shape[0], w_in.shape[1]), asked=keep_pre)
 
@@ -208,9 +206,7 @@ def moe_mlp_inference(
     panels_in: Tensor | None,
     panels_out: Tensor | None,
 ) -> Tensor:
-    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
-    packing.check("moe_mlp", "w_in", w_in, panels_in, "x", x)
-    packing.check("moe_mlp", "w_out", w_out, panels_out, "x", x)
+    packing.check_mlp(x, weights, w_in, w_out, gated, b_in, b_out, panels_in, panels_out)
     checks.mlp_experts(x, weights, w_in, experts, None)
     return _empty(x, x.shape)
 

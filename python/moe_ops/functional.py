@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import autocast, checks, exchange, numerics, ops, packing
-from moe_ops.autograd import call, nobody_looks, without_autograd
+from moe_ops.autograd import call, is_plain_inference, without_autograd
 from moe_ops.packing import operand
 from moe_ops.types import ExpertParallelPlan, PackedWeight, Plan
 
@@ -181,20 +181,18 @@ def moe_mlp(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
         RuntimeError: a weight is packed and a gradient is needed.
     """
-    named = (activation, layout, alpha, limit, up_offset, weight_on, drop_policy)
-    if plan is None and capacity is None and nobody_looks() and not autocast.is_enabled():
+    options = (activation, layout, alpha, limit, up_offset, weight_on, drop_policy)
+    if plan is None and capacity is None and is_plain_inference() and not autocast.is_enabled():
         try:
-            return _inference(x, weights, experts, w_in, w_out, b_in, b_out, gated, named)
+            return _inference(x, weights, experts, w_in, w_out, b_in, b_out, gated, options)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            pass  # comes again below, where every argument is checked by name
+            pass  # an argument was refused: the checks below name it
     checks.no_tangents("moe_mlp", x, weights, w_in, w_out, b_in, b_out)
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
     checks.flag("moe_mlp", "gated", gated)
     (weight_in, panels_in), (weight_out, panels_out) = operand(w_in), operand(w_out)
-    checks.moe_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out)
-    packing.check("moe_mlp", "w_in", weight_in, panels_in, "x", x)
-    packing.check("moe_mlp", "w_out", weight_out, panels_out, "x", x)
-    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = mlp_options("moe_mlp", x.dtype, *named)
+    packing.check_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out, panels_in, panels_out)
+    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = mlp_options("moe_mlp", x.dtype, *options)
     if plan is None:
         checks.mlp_experts(x, weights, weight_in, experts, capacity)
         if not torch.compiler.is_compiling():
@@ -229,19 +227,19 @@ def _inference(
     b_in: Tensor | None,
     b_out: Tensor | None,
     gated: bool,
-    named: tuple[Any, ...],
+    options: tuple[Any, ...],
 ) -> Tensor:
-    """moe_mlp as one operator.
+    """moe_mlp as one operator, which alone checks the tensors.
 
-    Where weights come from memory, so do the instructions and objects on the way here, line by line: hence a short way,
-    on which the operator alone checks the tensors.
+    Between two calls the weights displace this code and its objects from the caches, so that every line costs misses:
+    the way is kept short.
     """
     panels_in = panels_out = None
     if isinstance(w_in, PackedWeight):
         panels_in, w_in = w_in.panels, w_in.stand_in
     if isinstance(w_out, PackedWeight):
         panels_out, w_out = w_out.panels, w_out.stand_in
-    act, interleaved, alpha, bound, up_offset, weight_on_input, _ = _known_options(gated, x.dtype, *named)
+    act, interleaved, alpha, bound, up_offset, weight_on_input, _ = _cached_options(gated, x.dtype, *options)
     y: Tensor = without_autograd(
         _moe_mlp_inference, x, weights, experts, w_in, w_out, b_in, b_out, act, gated, interleaved, alpha, bound,
         up_offset, weight_on_input, numerics.allow_tf32(x), numerics.is_batch_invariant(), panels_in, panels_out,
@@ -249,10 +247,10 @@ def _inference(
     return y
 
 
-@lru_cache(typed=True)
-def _known_options(gated: Any, dtype: torch.dtype, *named: Any) -> tuple[int, bool, float, float, float, bool, int]:
+@lru_cache(typed=True)  # True == 1.0, but is no alpha
+def _cached_options(gated: Any, dtype: torch.dtype, *options: Any) -> tuple[int, bool, float, float, float, bool, int]:
     checks.flag("moe_mlp", "gated", gated)
-    return mlp_options("moe_mlp", dtype, *named)
+    return mlp_options("moe_mlp", dtype, *options)
 
 
 def mlp_options(

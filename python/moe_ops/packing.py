@@ -61,6 +61,23 @@ def check(op: str, name: str, weight: Tensor, panels: Tensor | None, first_name:
         )
 
 
+def check_mlp(
+    x: Any,
+    weights: Any,
+    w_in: Any,
+    w_out: Any,
+    gated: bool,
+    b_in: Any,
+    b_out: Any,
+    panels_in: Tensor | None,
+    panels_out: Tensor | None,
+) -> None:
+    """The operands of moe_mlp."""
+    checks.moe_mlp(x, weights, w_in, w_out, gated, b_in, b_out)
+    check("moe_mlp", "w_in", w_in, panels_in, "x", x)
+    check("moe_mlp", "w_out", w_out, panels_out, "x", x)
+
+
 def no_gradient(op: str, name: str, panels: Tensor | None, *operands: Tensor | None) -> None:
     if panels is None or not torch.is_grad_enabled():
         return

@@ -41,11 +41,11 @@ struct GateAndUp {
   Vec<C> gate, up;
 };
 
-// Of values that alternate.
+// The gates and ups of two vectors in which they alternate.
 template <class C>
-MOE_INLINE GateAndUp<C> part(Vec<C> first, Vec<C> second) {
-  constexpr std::make_integer_sequence<int, kLanes<C>> lanes;
-  return {every_second<C, 0>(first, second, lanes), every_second<C, 1>(first, second, lanes)};
+MOE_INLINE GateAndUp<C> deinterleave(Vec<C> first, Vec<C> second) {
+  constexpr std::make_integer_sequence<int, kLanes<C>> each;
+  return {every_second<C, 0>(first, second, each), every_second<C, 1>(first, second, each)};
 }
 
 // Of a row of pre-activations or of their gradients: the gates and the ups of the inner columns from j on, n of them.
@@ -54,16 +54,14 @@ MOE_INLINE GateAndUp<C> load_gate_and_up(const S* row, InnerColumns at, int64_t 
   if (at.step == 1) return {load<C>(row + at.gate + j, n), load<C>(row + at.up + j, n)};
   constexpr int lanes = kLanes<C>;
   const S* from = row + at.gate + 2 * j;
-  S few[2 * lanes] = {};
-  if (n < lanes) from = static_cast<const S*>(std::memcpy(few, from, 2 * n * sizeof(S)));
-  return part<C>(load<C>(from), load<C>(from + lanes));
+  return deinterleave<C>(load<C>(from, 2 * n), load<C>(from + lanes, 2 * n - lanes));
 }
 
 template <class C, class S>
 MOE_INLINE void store_gate_and_up(S* row, InnerColumns at, int64_t j, GateAndUp<C> values, int64_t n) {
   if (at.step == 1) {
     store<C>(row + at.gate + j, values.gate, n);
-    if (at.up != at.gate) store<C>(row + at.up + j, values.up, n);
+    if (at.up != at.gate) store<C>(row + at.up + j, values.up, n);  // a plain activation has gates alone
     return;
   }
   constexpr int lanes = kLanes<C>;
@@ -102,14 +100,14 @@ void store_tile(const GroupedGemmParams& p, const Tile& tile, const C* values) {
   }
 }
 
-// A tile whose gates and ups alternate, as the epilogue wants it.
+// Rows in which gates and ups alternate get the gates in their first half and the ups in their second.
 template <class C>
-void part_gates_from_ups(int64_t rows, int64_t cols, C* tile) {
+void deinterleave_tile(int64_t rows, int64_t cols, C* tile) {
   constexpr int lanes = kLanes<C>;
   for (int64_t row = 0; row < rows; ++row, tile += kTileCols) {
     C ups[kTileCols / 2];
     for (int64_t j = 0; j < cols; j += lanes) {
-      const auto values = part<C>(load_vector<C>(tile + 2 * j), load_vector<C>(tile + 2 * j + lanes));
+      const auto values = deinterleave<C>(load_vector<C>(tile + 2 * j), load_vector<C>(tile + 2 * j + lanes));
       store_vector(tile + j, values.gate);
       store_vector(ups + j, values.up);
     }

@@ -51,7 +51,7 @@ struct WeightChunks {
   int64_t rows;  // that are multiplied
   bool wide = !along && turns_of_block<Ar>(rows, kPanel<Ar>, kBlockSteps) * Packing::kMost < Packing::kPanelPieces;
   int64_t cols = along ? kPanel<Ar> : wide ? kTileCols : 2 * kPanel<Ar>;
-  int64_t per_half = ceil_div(w.cols, cols), per_block = w.gated ? 2 * per_half : per_half;
+  int64_t per_half = ceil_div(w.cols, cols), per_block = w.two_runs ? 2 * per_half : per_half;
   int64_t count = (w.depth ? ceil_div(w.depth, kBlockDepth<Ar>) : 1) * per_block;
 
   // Behind the last one comes an empty one.
@@ -121,19 +121,19 @@ void multiply_unpacked(const TileRows<X, typename Ar::C>& a, const TileWeights<W
   for (int64_t k = 0; k < w.depth || k == 0; k += kDepth) {
     const int64_t depth = min(w.depth - k, kDepth);
     pack_rows<Ar>(a.rows, a.scale, a.scaled, a.count, k, depth, blocks.a[0], kStride);
-    for (int64_t half = 0; half <= w.gated; ++half) {
+    for (int64_t half = 0; half <= w.two_runs; ++half) {
       const W* weights = w.run(half) + k * w.k_stride;
       auto* const to = blocks.tile + half * kTileCols / 2;
       if constexpr (way == FewRows::dots)
         multiply_few_dots<Ar, X>(a.count, blocks.a[0], weights, w.n_stride, w.cols, depth, to, k == 0);
       else if constexpr (way == FewRows::squares)
-        multiply_few_squares<Ar, X>(a.count, blocks.a[0], weights, half < w.gated ? w.run(1) + k : nullptr, w.n_stride,
-                                    w.cols, depth, to, k == 0);
+        multiply_few_squares<Ar, X>(a.count, blocks.a[0], weights, half < w.two_runs ? w.run(1) + k : nullptr,
+                                    w.n_stride, w.cols, depth, to, k == 0);
       else multiply_few_across<Ar, X>(a.count, blocks.a[0], weights, w.k_stride, w.cols, depth, to, k == 0);
     }
   }
   if constexpr (way == FewRows::squares)
-    for (int64_t half = 0; half <= w.gated; ++half)
+    for (int64_t half = 0; half <= w.two_runs; ++half)
       columns_in_order(a.count, w.cols, blocks.tile + half * kTileCols / 2);
 }
 
@@ -174,10 +174,10 @@ void grouped_gemm_tile(const GroupedGemmParams& p, const Tile& tile, void* parti
                          .first = interleaved ? 2 * tile.col_begin : tile.col_begin,
                          .ups = p.n / 2 + tile.col_begin,
                          .cols = interleaved ? 2 * tile.cols : tile.cols,
-                         .gated = gated && !interleaved,
+                         .two_runs = gated && !interleaved,
                          .prepacked = p.weight.prepacked};
   multiply_tile<Ar>(a, w, p.batch_invariant, blocks);
-  if (interleaved) part_gates_from_ups(tile.rows, tile.cols, blocks.tile);
+  if (interleaved) deinterleave_tile(tile.rows, tile.cols, blocks.tile);
 
   switch (p.epilogue) {
     case Epilogue::store: return store_tile<X>(p, tile, blocks.tile);

@@ -24,7 +24,7 @@ void add_panels(const TileWeights<X>& w, int64_t begin, int64_t cols, int64_t ti
 // Where ups follow all gates and begin within a panel, this many others stand before them.
 template <class Ar, class X>
 int64_t before_ups(const TileWeights<X>& w) {
-  return w.gated ? w.ups % kPanel<Ar> : 0;
+  return w.two_runs ? w.ups % kPanel<Ar> : 0;
 }
 
 template <class Ar, class X>
@@ -32,7 +32,7 @@ PackedPanels<X> panels_of(const TileWeights<X>& w) {
   PackedPanels<X> panels;
   add_panels<Ar>(w, w.first, w.cols, 0, panels);
   const int64_t before = before_ups<Ar>(w);
-  if (w.gated) add_panels<Ar>(w, w.ups - before, w.cols + before, kTileCols / 2, panels);
+  if (w.two_runs) add_panels<Ar>(w, w.ups - before, w.cols + before, kTileCols / 2, panels);
   return panels;
 }
 

@@ -1,7 +1,6 @@
 // What a tile of the ragged-M product multiplies, and the memory in which tiles of both products are computed.
 #pragma once
 
-#include "cpu/isa/epilogue.h"
 #include "cpu/isa/pack.h"
 #include "cpu/scratch.h"
 
@@ -28,13 +27,13 @@ struct TileRows {
   int64_t count;
 };
 
-// The weights that a tile multiplies: rows `first`, first + 1, ... of an expert, `cols` of them, for the columns of the
-// tile; or as many gates, and ups from row `ups` on, for its halves.
+// The weights that a tile multiplies: `cols` rows of an expert from `first` on. Two runs where gates and ups lie apart:
+// gates from `first` on for the first half of the tile, as many ups from `ups` on for the second.
 template <class W>
 struct TileWeights {
   const W* data;
   int64_t n_stride, k_stride, depth, first, ups, cols;
-  bool gated, prepacked;
+  bool two_runs, prepacked;
 
   const W* run(int64_t half) const { return data + (half ? ups : first) * n_stride; }
 };

@@ -1,4 +1,4 @@
-// Vectors rearranged in registers: square blocks transposed, pairs interleaved or joined.
+// Vectors rearranged in registers: square blocks transposed, pairs interleaved, parted or joined.
 #pragma once
 
 #include "cpu/isa/vec.h"
@@ -40,9 +40,9 @@ MOE_INLINE Vec<C> alternating(Vec<C> a, Vec<C> b, std::integer_sequence<int, lan
 // Two rows of 16-bit values side by side, their columns in order: the first half of them, and the second.
 template <int... lane>
 MOE_INLINE void interleave(Vec<uint16_t> a, Vec<uint16_t> b, Vec<uint32_t>* to, std::integer_sequence<int, lane...>) {
-  constexpr int n = kLanes<uint16_t>;
-  to[0] = bit_cast<Vec<uint32_t>>(__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n)...));
-  to[1] = bit_cast<Vec<uint32_t>>(__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n + n / 2)...));
+  constexpr std::integer_sequence<int, lane...> each;
+  to[0] = bit_cast<Vec<uint32_t>>(alternating<uint16_t, 0>(a, b, each));
+  to[1] = bit_cast<Vec<uint32_t>>(alternating<uint16_t, 1>(a, b, each));
 }
 
 // a's values, then b's: half vectors.
