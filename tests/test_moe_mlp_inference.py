@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import moe_ops
 from accuracy import assert_bitwise_equal, place
@@ -94,6 +95,59 @@ def test_options_that_compare_equal_are_told_apart(device):
             moe_mlp(PREFILL.ids(), gated=1)(moe_ops, **tensors)
         with pytest.raises(TypeError, match=r"moe_mlp: layout must be one of .*, got list"):
             moe_mlp(PREFILL.ids(), layout=["concatenated"])(moe_ops, **tensors)
+
+
+class Failing(Calls):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        super().__torch_dispatch__(func, types, args, kwargs)
+        raise RuntimeError("not an argument's error")
+
+
+def test_an_error_that_is_of_no_argument_comes_through(device):
+    tensors = {n: place(t, device) for n, t in random_tensors(PREFILL).items()}
+    ids = place(PREFILL.ids(), device)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not an argument's error"), Failing() as calls:
+        moe_ops.moe_mlp(experts=ids, **tensors)
+    assert [name for name, _ in calls.seen] == ["moe_mlp_inference"]
+
+
+def test_an_argument_s_error_stands_alone(device):
+    """Without the operator's own, which was first."""
+    tensors = {n: place(t, device) for n, t in random_tensors(PREFILL).items()}
+    with torch.no_grad(), pytest.raises(ValueError, match="moe_mlp: weights must be of shape") as caught:
+        moe_mlp(PREFILL.ids())(moe_ops, **(tensors | {"weights": tensors["weights"][1:]}))
+    assert caught.value.__suppress_context__
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if "moe_mlp" in str(func):
+            self.recorded = torch.ones(1, requires_grad=True)
+            with torch.enable_grad():
+                self.recorded = self.recorded * 2
+        return func(*args, **(kwargs or {}))
+
+
+def test_overrides_of_torch_s_functions_keep_autograd(device):
+    tensors = {n: place(t, device) for n, t in random_tensors(PREFILL).items()}
+    with torch.no_grad(), Functions() as mode:
+        _, names = called(lambda: moe_mlp(PREFILL.ids())(moe_ops, **tensors))
+    assert names == ["plan", "moe_mlp"]
+    assert mode.recorded.grad_fn is not None
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU packs")
+def test_a_packed_weight_that_contradicts_itself_is_refused():
+    tensors = random_tensors(PREFILL, torch.bfloat16)
+    packed = moe_ops.prepack(tensors["w_in"])
+    other = moe_ops.PackedWeight(packed.panels, packed.stand_in.float())
+    elsewhere = moe_ops.PackedWeight(packed.panels.to("meta"), packed.stand_in)
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording):
+            with pytest.raises(TypeError, match="moe_mlp: w_in, a PackedWeight, must have the dtype of x"):
+                moe_mlp(PREFILL.ids())(moe_ops, **(tensors | {"w_in": other}))
+            with pytest.raises(ValueError, match=r"moe_mlp: w_in\.panels must be on the device of x"):
+                moe_mlp(PREFILL.ids())(moe_ops, **(tensors | {"w_in": elsewhere}))
 
 
 def test_operator_refuses_backward(device):

@@ -18,6 +18,8 @@ inline void expect_panels(const char* what, const OptionalTensor& panels, const 
   const Dtype dtype = dtype_of(rows);
   const int64_t columns = panel_columns(dtype), values = panel_values(dtype);
   expect_type(what, *panels, rows.scalar_type());
+  expect_type(what, weight, rows.scalar_type());
+  expect_device(what, *panels, rows);
   expect_shape(what, *panels,
                {weight.size(0), (weight.size(1) + columns - 1) / columns, (weight.size(2) + values - 1) / values,
                 columns, values});

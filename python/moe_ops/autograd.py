@@ -55,21 +55,22 @@ def call(operator: Any, *args: Any) -> Any:
 
     Tracers, torch.func and arguments that override torch's functions meet the operator and its registered formula.
     """
-    if _is_traced() or has_torch_function(args):
+    if _is_observed(args):
         return operator(*args)
     if is_grad_enabled() and _any_requires_grad(*args):
         return _RECORDERS.get(operator, operator)(*args)
     return without_autograd(operator.default, *args)
 
 
-def is_plain_inference() -> bool:
-    """Whether values alone are asked for: under no_grad, neither traced nor transformed, without forward-mode AD."""
-    return not (_is_traced() or is_grad_enabled() or forward_ad._current_level >= 0)
+def is_plain_inference(args: tuple[Any, ...]) -> bool:
+    """Whether values alone are asked for: under no_grad, without forward-mode AD, and nobody observes."""
+    return not (is_grad_enabled() or forward_ad._current_level >= 0 or _is_observed(args))
 
 
-def _is_traced() -> bool:
-    """Whether torch.compile, a tracer or a transform of torch.func must meet the operator itself."""
-    return is_compiling() or not _HAS_INTERNALS or _is_tracing() or _are_transforms_active()
+def _is_observed(args: tuple[Any, ...]) -> bool:
+    """Whether a tracer, torch.func or an override of torch's functions must meet the operator itself."""
+    watched = is_compiling() or not _HAS_INTERNALS or _is_tracing() or _are_transforms_active()
+    return watched or has_torch_function(args)
 
 
 def without_autograd(operator: Any, *args: Any) -> Any:

@@ -304,6 +304,10 @@ def mlp_experts(x: Tensor, weights: Tensor, w_in: Tensor, experts: Any, capacity
     same_device("moe_mlp", "experts", experts, "x", x)
     if w_in.shape[0] < 1:
         raise ValueError(f"moe_mlp: w_in must hold at least 1 expert, got {list(w_in.shape)}")
+    if w_in.shape[0] >= MAX_INT32:
+        raise ValueError(f"moe_mlp: w_in must hold fewer than 2**31 - 1 experts, got {list(w_in.shape)}")
+    if not torch.compiler.is_compiling():
+        slots("moe_mlp", "experts", weights.numel())
     if capacity is not None:
         integer("moe_mlp", "capacity", capacity, 0, MAX_INT64)
 

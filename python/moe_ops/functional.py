@@ -13,6 +13,8 @@ from moe_ops.types import ExpertParallelPlan, PackedWeight, Plan
 
 _moe_mlp_inference = torch.ops.moe_ops.moe_mlp_inference.default
 
+Options = tuple[int, bool, float, float, float, bool, int]  # of moe_mlp, from activation to drop_policy
+
 
 @overload
 def dispatch(
@@ -182,29 +184,27 @@ def moe_mlp(
         RuntimeError: a weight is packed and a gradient is needed.
     """
     options = (activation, layout, alpha, limit, up_offset, weight_on, drop_policy)
-    if plan is None and capacity is None and is_plain_inference() and not autocast.is_enabled():
+    given = (x, weights, experts, w_in, w_out, b_in, b_out)
+    if plan is None and capacity is None and is_plain_inference(given) and not autocast.is_enabled():
         try:
-            return _inference(x, weights, experts, w_in, w_out, b_in, b_out, gated, options)
+            return _inference(*given, gated, options)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            pass  # an argument was refused: the checks below name it
+            try:
+                _checked(*given, gated, options)
+            except (TypeError, ValueError) as named:
+                raise named from None  # an argument was refused: this names it
+            raise
     checks.no_tangents("moe_mlp", x, weights, w_in, w_out, b_in, b_out)
     x, w_in, w_out, b_in, b_out = autocast.operands(x, w_in, w_out, b_in, b_out)
-    checks.flag("moe_mlp", "gated", gated)
+    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = _checked(
+        x, weights, experts, w_in, w_out, b_in, b_out, gated, options, capacity, plan
+    )
     (weight_in, panels_in), (weight_out, panels_out) = operand(w_in), operand(w_out)
-    packing.check_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out, panels_in, panels_out)
-    act, interleaved, alpha, bound, up_offset, weight_on_input, policy = mlp_options("moe_mlp", x.dtype, *options)
     if plan is None:
-        checks.mlp_experts(x, weights, weight_in, experts, capacity)
-        if not torch.compiler.is_compiling():
-            checks.slots("moe_mlp", "experts", weights.numel())
         ranks = weights if policy == checks.DROP_POLICIES["probability"] else None
         offsets, row_slot, slot_row, _ = torch.ops.moe_ops.plan(experts, weight_in.shape[0], capacity, policy, ranks)
     else:
-        checks.is_plan("moe_mlp", "plan", plan)
-        if capacity is not None:
-            raise ValueError(f"moe_mlp: capacity must be None where a plan is given, got {capacity}")
         offsets, row_slot, slot_row, _ = plan
-        checks.mlp_plan(weights, weight_in, offsets, row_slot, slot_row)
     operands = (x, weights, weight_in, weight_out, b_in, b_out)
     packing.no_gradient("moe_mlp", "w_in", panels_in, *operands)
     packing.no_gradient("moe_mlp", "w_out", panels_out, *operands)
@@ -247,8 +247,36 @@ def _inference(
     return y
 
 
+def _checked(
+    x: Any,
+    weights: Any,
+    experts: Any,
+    w_in: Any,
+    w_out: Any,
+    b_in: Any,
+    b_out: Any,
+    gated: Any,
+    options: tuple[Any, ...],
+    capacity: Any = None,
+    plan: Any = None,
+) -> Options:
+    """The options of moe_mlp as its schema has them, when all arguments have been checked."""
+    checks.flag("moe_mlp", "gated", gated)
+    (weight_in, panels_in), (weight_out, panels_out) = operand(w_in), operand(w_out)
+    packing.check_mlp(x, weights, weight_in, weight_out, gated, b_in, b_out, panels_in, panels_out)
+    known = mlp_options("moe_mlp", x.dtype, *options)
+    if plan is None:
+        checks.mlp_experts(x, weights, weight_in, experts, capacity)
+        return known
+    checks.is_plan("moe_mlp", "plan", plan)
+    if capacity is not None:
+        raise ValueError(f"moe_mlp: capacity must be None where a plan is given, got {capacity}")
+    checks.mlp_plan(weights, weight_in, plan.offsets, plan.row_slot, plan.slot_row)
+    return known
+
+
 @lru_cache(typed=True)  # True == 1.0, but is no alpha
-def _cached_options(gated: Any, dtype: torch.dtype, *options: Any) -> tuple[int, bool, float, float, float, bool, int]:
+def _cached_options(gated: Any, dtype: torch.dtype, *options: Any) -> Options:
     checks.flag("moe_mlp", "gated", gated)
     return mlp_options("moe_mlp", dtype, *options)
 
@@ -263,7 +291,7 @@ def mlp_options(
     up_offset: Any,
     weight_on: Any,
     drop_policy: Any,
-) -> tuple[int, bool, float, float, float, bool, int]:
+) -> Options:
     """The options of moe_mlp as its schema has them; numbers must be finite in what products are summed in."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return (

@@ -53,6 +53,8 @@ def operand(w: Any) -> tuple[Any, Tensor | None]:
 
 def check(op: str, name: str, weight: Tensor, panels: Tensor | None, first_name: str, first: Tensor) -> None:
     """What a packed weight asks beyond a plain one."""
+    if panels is not None:
+        checks.same_device(op, f"{name}.panels", panels, first_name, first)
     if panels is not None and weight.dtype != first.dtype:
         wanted = checks.name_of(first.dtype)
         raise TypeError(
