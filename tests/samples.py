@@ -97,6 +97,7 @@ def grouped_gemm_weight_grad(make: Maker) -> list[Args]:
     return [
         (make(T * K, INNER), make(T * K, H), p.offsets, None, 1, make.dtype, False),
         (make(T * K, INNER), make(T, H), p.offsets, p.row_slot, K, make.compute, True),
+        (make(T * K, INNER), make(T, H), p.offsets, p.row_slot, K, make.compute, False, True),
     ]
 
 
@@ -173,6 +174,7 @@ def moe_mlp_backward(make: Maker) -> list[Args]:
         (*args, False, *EXACT, make.dtype, *(True,) * 5),
         (*args, True, *INVARIANT_TF32, None, True, True, False, True, False),
         (*args, False, *EXACT, None, False, False, True, False, True),
+        (*args[:4], *(w.mT.contiguous().mT for w in (w_in, w_out)), *args[6:], False, *EXACT, make.dtype, *(True,) * 5),
     ]
 
 

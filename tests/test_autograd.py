@@ -100,3 +100,24 @@ def test_torchscript_traces_the_operator(operands):
     x, *rest = (tensor.detach() for tensor in operands)
     traced = torch.jit.trace(layer, (x.requires_grad_(), *rest), check_trace=False)
     assert "moe_ops::moe_mlp" in {node.kind() for node in traced.graph.nodes()}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("gather", (False, True))
+def test_gradients_lie_as_their_weights(gather, dtype, device, switches):
+    """A transposed parameter takes its gradient without a copy, and it has the bits of a plain one's."""
+    moe_ops.set_batch_invariant(True)  # forward's sums are in one order then
+    make = Maker(device, dtype, grad=True)
+    plan, ids, x, weights, a = make.plan(), make.experts(), make(T, H), make(T, K), make(T if gather else T * K, H)
+    values = [make(*shape, grad=False) for shape in ((E, 2 * INNER, H), (E, H, INNER), (E, INNER, H))]
+    grads = []
+    for transposed in (False, True):
+        w_in, w_out, w = ((v.mT.contiguous().mT if transposed else v.clone()).requires_grad_() for v in values)
+        y = moe_ops.moe_mlp(x, weights, ids, w_in, w_out, weight_on="input" if gather else "output")
+        rows = moe_ops.grouped_gemm(a, w, plan.offsets, gather=plan if gather else None)
+        given = torch.autograd.grad([y.sum(), rows.square().sum()], [w_in, w_out, w])
+        for grad, weight in zip(given, (w_in, w_out, w), strict=True):
+            assert grad.stride() == weight.stride()
+        grads.append(given)
+    for plain, transposed in zip(*grads, strict=True):
+        assert torch.equal(plain, transposed)

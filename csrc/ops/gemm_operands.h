@@ -75,6 +75,12 @@ inline void expect_row_slot(const char* what, const Tensor& row_slot, int64_t to
   STD_TORCH_CHECK(tokens > 0 || row_slot.size(0) == 0, what, " names rows of an empty operand");
 }
 
+// Whether w [E, N, K] lies in memory as [E, K, N]. So does its gradient then: whoever keeps it in another layout copies
+// it, which takes longer than to compute it.
+inline bool lies_transposed(const Tensor& w) {
+  return w.size(1) > 1 && w.size(2) > 1 && w.stride(1) == 1 && w.stride(2) >= w.size(1);
+}
+
 inline GatheredRows rows_of(const Tensor& t) { return {.rows = matrix(t), .num_rows = t.size(0)}; }
 
 inline GatheredRows gathered(const Tensor& t, const int32_t* row_slot, int64_t width, Vector scale = {}) {

@@ -55,20 +55,21 @@ Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offs
   return out;
 }
 
-void weight_grad(const Tensor& out, bool accumulate, const Tensor& grad, const Tensor& a, const Tensor& offsets,
-                 const OptionalTensor& row_slot, int64_t width, bool allow_tf32) {
+// out [E, N, K] (+)= grad^T . a over the rows of each expert; or, transposed, out [E, K, N] (+)= a^T . grad.
+void weight_grad(const Tensor& out, bool accumulate, bool transposed, const Tensor& grad, const Tensor& a,
+                 const Tensor& offsets, const OptionalTensor& row_slot, int64_t width, bool allow_tf32) {
   expect_offsets("grouped_gemm_weight_grad: offsets", offsets, out.size(0));
   expect_type("grouped_gemm_weight_grad: a", a, grad.scalar_type());
   const auto rows = read_rows("grouped_gemm_weight_grad: row_slot", a, row_slot, width);
   STD_TORCH_CHECK(rows.count == grad.size(0), "grouped_gemm_weight_grad: grad and a have different numbers of rows");
   const auto g = with_unit_rows(grad), starts = as_contiguous(offsets);
-  grouped_gemm_weight_grad({.grad = rows_of(g),
-                            .a = rows.operand,
+  grouped_gemm_weight_grad({.grad = transposed ? rows.operand : rows_of(g),
+                            .a = transposed ? rows_of(g) : rows.operand,
                             .offsets = int32s(starts),
                             .num_experts = out.size(0),
                             .num_rows = rows.count,
-                            .n = grad.size(1),
-                            .k = a.size(1),
+                            .n = out.size(1),
+                            .k = out.size(2),
                             .out = out.data_ptr(),
                             .out_dtype = dtype_of(out),
                             .accumulate = accumulate,
@@ -77,14 +78,16 @@ void weight_grad(const Tensor& out, bool accumulate, const Tensor& grad, const T
 }
 
 Tensor grouped_gemm_weight_grad_op(const Tensor& grad, const Tensor& a, const Tensor& offsets,
-                                   const OptionalTensor& row_slot, int64_t width, ScalarType dtype, bool allow_tf32) {
+                                   const OptionalTensor& row_slot, int64_t width, ScalarType dtype, bool allow_tf32,
+                                   bool transposed) {
   expect_shape("grouped_gemm_weight_grad: grad", grad, {-1, -1});
   expect_shape("grouped_gemm_weight_grad: a", a, {-1, -1});
   expect_shape("grouped_gemm_weight_grad: offsets", offsets, {-1});
   STD_TORCH_CHECK(offsets.size(0) > 0, "grouped_gemm_weight_grad: offsets is empty");
-  auto out = empty({offsets.size(0) - 1, grad.size(1), a.size(1)}, dtype, grad);
-  weight_grad(out, false, grad, a, offsets, row_slot, width, allow_tf32);
-  return out;
+  const int64_t experts = offsets.size(0) - 1, n = grad.size(1), k = a.size(1);
+  auto out = transposed ? empty({experts, k, n}, dtype, grad) : empty({experts, n, k}, dtype, grad);
+  weight_grad(out, false, transposed, grad, a, offsets, row_slot, width, allow_tf32);
+  return transposed ? torch::stable::transpose(out, 1, 2) : out;
 }
 
 void grouped_gemm_weight_grad_accumulate_op(const Tensor& out, const Tensor& grad, const Tensor& a,
@@ -94,7 +97,7 @@ void grouped_gemm_weight_grad_accumulate_op(const Tensor& out, const Tensor& gra
   expect_shape("grouped_gemm_weight_grad_: a", a, {-1, -1});
   expect_shape("grouped_gemm_weight_grad_: out", out, {-1, grad.size(1), a.size(1)});
   STD_TORCH_CHECK(out.is_contiguous(), "grouped_gemm_weight_grad_: out is not contiguous");
-  weight_grad(out, true, grad, a, offsets, row_slot, width, allow_tf32);
+  weight_grad(out, true, false, grad, a, offsets, row_slot, width, allow_tf32);
 }
 
 Tensor grouped_gemm_bias_grad_op(const Tensor& grad, const Tensor& offsets, ScalarType dtype) {

@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(moe_ops, m) {
       " Tensor? panels, bool allow_tf32, bool batch_invariant) -> Tensor");
   m.def(
       "grouped_gemm_weight_grad(Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width, ScalarType dtype,"
-      " bool allow_tf32) -> Tensor");
+      " bool allow_tf32, bool transposed=False) -> Tensor");
   m.def(
       "grouped_gemm_weight_grad_(Tensor(a!) out, Tensor grad, Tensor a, Tensor offsets, Tensor? row_slot, int width,"
       " bool allow_tf32) -> ()");

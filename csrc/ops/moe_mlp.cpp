@@ -180,12 +180,14 @@ Tensor moe_mlp_inference_op(const Tensor& x, const Tensor& weights, const Tensor
   return forward(m, b_in, b_out, panels_in, panels_out, {});
 }
 
-// out[e] = grad^T . a over the rows of e
-Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows& a, int64_t n, int64_t k,
-                   ScalarType dtype, const Device& device) {
-  auto out = empty({m.num_experts, n, k}, dtype, m.x);
-  grouped_gemm_weight_grad({.grad = grad,
-                            .a = a,
+// The gradient of w: grad^T . a over the rows of each expert, or a^T . grad where w lies transposed.
+Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows& a, const Tensor& w,
+                   const Device& device) {
+  const bool transposed = lies_transposed(w);
+  const int64_t n = w.size(transposed ? 2 : 1), k = w.size(transposed ? 1 : 2);
+  auto out = empty({m.num_experts, n, k}, w.scalar_type(), m.x);
+  grouped_gemm_weight_grad({.grad = transposed ? a : grad,
+                            .a = transposed ? grad : a,
                             .offsets = m.plan.offsets,
                             .num_experts = m.num_experts,
                             .num_rows = m.plan.rows,
@@ -195,7 +197,7 @@ Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows&
                             .out_dtype = dtype_of(out),
                             .allow_tf32 = m.allow_tf32},
                            device);
-  return out;
+  return transposed ? torch::stable::transpose(out, 1, 2) : out;
 }
 
 Tensor bias_grad(const Layer& m, const GatheredRows& grad, int64_t n, ScalarType dtype, const Device& device) {
@@ -260,16 +262,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_op(
                    device);
     }
 
-    grad_w_out = need_w_out
-                     ? weight_grad(m, gathered_dy, rows_of(inner), m.hidden, m.inner, w_out.scalar_type(), device)
-                     : none(w_out);
+    grad_w_out = need_w_out ? weight_grad(m, gathered_dy, rows_of(inner), w_out, device) : none(w_out);
     grad_b_out = need_b_out ? bias_grad(m, gathered(dy, m.plan.row_slot, m.plan.width, m.on_output()), m.hidden,
                                         b_out->scalar_type(), device)
                             : none(b_out ? *b_out : w_out);
-    grad_w_in = need_w_in
-                    ? weight_grad(m, rows_of(grad_pre), gathered(m.x, m.plan.row_slot, m.plan.width, m.on_input()),
-                                  m.pre_cols, m.hidden, w_in.scalar_type(), device)
-                    : none(w_in);
+    grad_w_in = need_w_in ? weight_grad(m, rows_of(grad_pre),
+                                        gathered(m.x, m.plan.row_slot, m.plan.width, m.on_input()), w_in, device)
+                          : none(w_in);
     grad_b_in = b_in_dtype ? bias_grad(m, rows_of(grad_pre), m.pre_cols, *b_in_dtype, device) : none(w_in);
 
     if (need_rows)

@@ -166,12 +166,21 @@ def _permute_backward(ctx: Any, grad: Tensor) -> Gradients:
     return call(ops.combine, grad, None, row_slot, slot_row), None, None
 
 
+def lies_transposed(w: Tensor) -> bool:
+    """Whether an expert weight [E, N, K] lies in memory as [E, K, N].
+
+    So does its gradient then: a parameter keeps it in its own layout, and a copy takes longer than the product.
+    """
+    _, n, k = w.shape
+    return n > 1 and k > 1 and w.stride(1) == 1 and w.stride(2) >= n
+
+
 def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:
     a, weight, offsets, bias, row_slot, slot_row, panels, *numerics = inputs
     _refuse_packed("grouped_gemm", panels)
     need_a, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if need_weight else None, weight if need_a else None, offsets, row_slot, slot_row)
-    ctx.weight_dtype, ctx.numerics = weight.dtype, numerics
+    ctx.weight_dtype, ctx.transposed, ctx.numerics = weight.dtype, lies_transposed(weight), numerics
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.main_grad = getattr(weight, "main_grad", None) if need_weight else None
 
@@ -188,8 +197,10 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor) -> Gradients:
     if ctx.needs_input_grad[1]:
         width = 1 if slot_row is None else slot_row.shape[1]
         if ctx.main_grad is None:
-            dtype = ctx.weight_dtype
-            grad_weight = call(ops.grouped_gemm_weight_grad, grad, a, offsets, row_slot, width, dtype, allow_tf32)
+            grad_weight = call(
+                ops.grouped_gemm_weight_grad, grad, a, offsets, row_slot, width, ctx.weight_dtype, allow_tf32,
+                ctx.transposed,
+            )  # fmt: skip
         else:
             call(ops.grouped_gemm_weight_grad_, ctx.main_grad, grad, a, offsets, row_slot, width, allow_tf32)
     if ctx.needs_input_grad[3]:

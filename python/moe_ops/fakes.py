@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks, packing
+from moe_ops.autograd import lies_transposed
 
 
 def register() -> None:
@@ -26,6 +27,15 @@ def _empty(
     like: Tensor, shape: tuple[int, ...] | list[int], dtype: torch.dtype | None = None, asked: bool = True
 ) -> Tensor:
     return like.new_empty(shape if asked else (0,), dtype=dtype or like.dtype)
+
+
+def _weight_grad(
+    like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool, asked: bool = True
+) -> Tensor:
+    experts, n, k = shape
+    if not (asked and transposed):
+        return _empty(like, (experts, n, k), dtype, asked)
+    return _empty(like, (experts, k, n), dtype).transpose(1, 2)
 
 
 def route(
@@ -124,8 +134,9 @@ def grouped_gemm_weight_grad(
     width: int,
     dtype: torch.dtype,
     allow_tf32: bool,
+    transposed: bool = False,
 ) -> Tensor:
-    return _empty(grad, (offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype)
+    return _weight_grad(grad, (offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype, transposed)
 
 
 def grouped_gemm_weight_grad_(
@@ -241,8 +252,8 @@ def moe_mlp_backward(
     return (
         _empty(x, x.shape, asked=need_x),
         _empty(weights, weights.shape, asked=need_weights),
-        _empty(w_in, w_in.shape, asked=need_w_in),
-        _empty(w_out, w_out.shape, asked=need_w_out),
+        _weight_grad(w_in, w_in.shape, w_in.dtype, lies_transposed(w_in), need_w_in),
+        _weight_grad(w_out, w_out.shape, w_out.dtype, lies_transposed(w_out), need_w_out),
         _empty(w_in, w_in.shape[:2], b_in_dtype, b_in_dtype is not None),
         _empty(w_out if b_out is None else b_out, w_out.shape[:2], asked=need_b_out),
     )
