@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from moe_ops.library import OPERATORS
+from moe_ops.types import lies_transposed
 
 ops = torch.ops.moe_ops
 
@@ -164,15 +165,6 @@ def _keep_permute(ctx: Any, inputs: Any, output: Any) -> None:
 def _permute_backward(ctx: Any, grad: Tensor) -> Gradients:
     row_slot, slot_row = ctx.saved_tensors
     return call(ops.combine, grad, None, row_slot, slot_row), None, None
-
-
-def lies_transposed(w: Tensor) -> bool:
-    """Whether an expert weight [E, N, K] lies in memory as [E, K, N].
-
-    So does its gradient then: a parameter keeps it in its own layout, and a copy takes longer than the product.
-    """
-    _, n, k = w.shape
-    return n > 1 and k > 1 and w.stride(1) == 1 and w.stride(2) >= n
 
 
 def _keep_grouped_gemm(ctx: Any, inputs: Any, output: Any) -> None:

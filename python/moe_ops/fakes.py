@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import checks, packing
-from moe_ops.autograd import lies_transposed
+from moe_ops.types import lies_transposed
 
 
 def register() -> None:

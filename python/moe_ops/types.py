@@ -1,4 +1,4 @@
-"""What the operators return and take: named tuples of tensors, which torch treats as pytrees.
+"""What the operators return and take: named tuples of tensors, which torch treats as pytrees; how a weight lies.
 
 A *slot* is one (token, k) pair, numbered token * K + k; a *row* is a slot's place in expert order.
 """
@@ -140,3 +140,12 @@ class PackedWeight(NamedTuple):
         _, n, k = self.shape
         values = self.panels.transpose(2, 3).flatten(1, 2).flatten(2)  # [E, N, K] with the zeros
         return values[:, :n, :k].contiguous()
+
+
+def lies_transposed(w: torch.Tensor) -> bool:
+    """Whether an expert weight [E, N, K] lies in memory as [E, K, N].
+
+    So does its gradient then: a parameter keeps it in its own layout, and a copy takes longer than the product.
+    """
+    _, n, k = w.shape
+    return n > 1 and k > 1 and w.stride(1) == 1 and w.stride(2) >= n
