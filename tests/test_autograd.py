@@ -121,3 +121,12 @@ def test_gradients_lie_as_their_weights(gather, dtype, device, switches):
         grads.append(given)
     for plain, transposed in zip(*grads, strict=True):
         assert torch.equal(plain, transposed)
+
+
+def test_a_gradient_beside_gaps_is_contiguous(device):
+    """As that of a part of a parameter is: torch puts it into its place."""
+    make = Maker(device, torch.float32)
+    plan, a, parameter = make.plan(), make(T * K, H), make(E, H, 2 * INNER)
+    half = parameter[:, :, :INNER].mT.requires_grad_()
+    (grad,) = torch.autograd.grad(moe_ops.grouped_gemm(a, half, plan.offsets).sum(), half)
+    assert grad.is_contiguous()

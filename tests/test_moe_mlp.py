@@ -133,7 +133,7 @@ def test_layouts(layout, dtype, weight_on, device, instruction_set):
 
 
 @pytest.mark.parametrize("layout", [lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2)], ids=["transposed"])
-@pytest.mark.parametrize("options", [{}, GPT_OSS], ids=["concatenated", "gpt_oss"])
+@pytest.mark.parametrize("options", [{}, GPT_OSS, {"weight_on": "input"}], ids=["concatenated", "gpt_oss", "input"])
 @pytest.mark.parametrize("dtype", LOW)
 def test_layouts_of_low_dtypes(layout, options, dtype, device, instruction_set):
     """As transformers' transposed experts lie in memory."""

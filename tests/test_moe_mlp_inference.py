@@ -142,12 +142,15 @@ def test_a_packed_weight_that_contradicts_itself_is_refused():
     packed = moe_ops.prepack(tensors["w_in"])
     other = moe_ops.PackedWeight(packed.panels, packed.stand_in.float())
     elsewhere = moe_ops.PackedWeight(packed.panels.to("meta"), packed.stand_in)
+    none = moe_ops.PackedWeight(None, packed.stand_in)
     for recording in (False, True):
         with torch.set_grad_enabled(recording):
             with pytest.raises(TypeError, match="moe_mlp: w_in, a PackedWeight, must have the dtype of x"):
                 moe_mlp(PREFILL.ids())(moe_ops, **(tensors | {"w_in": other}))
             with pytest.raises(ValueError, match=r"moe_mlp: w_in\.panels must be on the device of x"):
                 moe_mlp(PREFILL.ids())(moe_ops, **(tensors | {"w_in": elsewhere}))
+            with pytest.raises(TypeError, match=r"PackedWeight: panels must be a Tensor of shape .*, got None"):
+                moe_mlp(PREFILL.ids())(moe_ops, **(tensors | {"w_in": none}))
 
 
 def test_operator_refuses_backward(device):

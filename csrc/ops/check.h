@@ -72,20 +72,25 @@ inline void expect_map(const char* what, const Tensor& t, std::initializer_list<
 }
 
 // By the call that costs least: the dispatcher's takes longer than routing one token.
-inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {
-  std::array<int64_t, 4> strides;
-  int64_t stride = 1;
-  for (size_t dim = shape.size(); dim-- > 0; stride *= std::max<int64_t>(shape.begin()[dim], 1)) strides[dim] = stride;
+inline Tensor empty_strided(std::initializer_list<int64_t> shape, const int64_t* strides, ScalarType type,
+                            const Tensor& like) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(shape.size()), shape.begin(), strides.data(),
+      int64_t(shape.size()), shape.begin(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device_index, &made));
   Tensor out(made);
   Device::allocated(out.data_ptr(), out.numel() * int64_t(out.element_size()));
   return out;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (size_t dim = shape.size(); dim-- > 0; stride *= std::max<int64_t>(shape.begin()[dim], 1)) strides[dim] = stride;
+  return empty_strided(shape, strides.data(), type, like);
 }
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -75,10 +75,18 @@ inline void expect_row_slot(const char* what, const Tensor& row_slot, int64_t to
   STD_TORCH_CHECK(tokens > 0 || row_slot.size(0) == 0, what, " names rows of an empty operand");
 }
 
-// Whether w [E, N, K] lies in memory as [E, K, N]. So does its gradient then: whoever keeps it in another layout copies
-// it, which takes longer than to compute it.
+// Whether w [E, N, K] lies in memory as [E, K, N], without gaps. So does its gradient then: whoever keeps it in another
+// layout copies it, which takes longer than to compute it.
 inline bool lies_transposed(const Tensor& w) {
-  return w.size(1) > 1 && w.size(2) > 1 && w.stride(1) == 1 && w.stride(2) >= w.size(1);
+  const int64_t n = w.size(1), k = w.size(2);
+  return n > 1 && k > 1 && w.stride(1) == 1 && w.stride(2) == n && (w.size(0) < 2 || w.stride(0) == n * k);
+}
+
+// Room for the gradient of a weight [E, N, K]; transposed: in memory [E, K, N].
+inline Tensor empty_weight_grad(int64_t experts, int64_t n, int64_t k, ScalarType type, bool transposed,
+                                const Tensor& like) {
+  const int64_t strides[] = {n * k, 1, n};
+  return transposed ? empty_strided({experts, n, k}, strides, type, like) : empty({experts, n, k}, type, like);
 }
 
 inline GatheredRows rows_of(const Tensor& t) { return {.rows = matrix(t), .num_rows = t.size(0)}; }

@@ -55,7 +55,7 @@ Tensor grouped_gemm_op(const Tensor& a, const Tensor& weight, const Tensor& offs
   return out;
 }
 
-// out [E, N, K] (+)= grad^T . a over the rows of each expert; or, transposed, out [E, K, N] (+)= a^T . grad.
+// out [E, N, K] (+)= grad^T . a over the rows of each expert; transposed: in memory [E, K, N], a^T . grad.
 void weight_grad(const Tensor& out, bool accumulate, bool transposed, const Tensor& grad, const Tensor& a,
                  const Tensor& offsets, const OptionalTensor& row_slot, int64_t width, bool allow_tf32) {
   expect_offsets("grouped_gemm_weight_grad: offsets", offsets, out.size(0));
@@ -68,8 +68,8 @@ void weight_grad(const Tensor& out, bool accumulate, bool transposed, const Tens
                             .offsets = int32s(starts),
                             .num_experts = out.size(0),
                             .num_rows = rows.count,
-                            .n = out.size(1),
-                            .k = out.size(2),
+                            .n = out.size(transposed ? 2 : 1),
+                            .k = out.size(transposed ? 1 : 2),
                             .out = out.data_ptr(),
                             .out_dtype = dtype_of(out),
                             .accumulate = accumulate,
@@ -84,10 +84,9 @@ Tensor grouped_gemm_weight_grad_op(const Tensor& grad, const Tensor& a, const Te
   expect_shape("grouped_gemm_weight_grad: a", a, {-1, -1});
   expect_shape("grouped_gemm_weight_grad: offsets", offsets, {-1});
   STD_TORCH_CHECK(offsets.size(0) > 0, "grouped_gemm_weight_grad: offsets is empty");
-  const int64_t experts = offsets.size(0) - 1, n = grad.size(1), k = a.size(1);
-  auto out = transposed ? empty({experts, k, n}, dtype, grad) : empty({experts, n, k}, dtype, grad);
+  auto out = empty_weight_grad(offsets.size(0) - 1, grad.size(1), a.size(1), dtype, transposed, grad);
   weight_grad(out, false, transposed, grad, a, offsets, row_slot, width, allow_tf32);
-  return transposed ? torch::stable::transpose(out, 1, 2) : out;
+  return out;
 }
 
 void grouped_gemm_weight_grad_accumulate_op(const Tensor& out, const Tensor& grad, const Tensor& a,

@@ -184,20 +184,20 @@ Tensor moe_mlp_inference_op(const Tensor& x, const Tensor& weights, const Tensor
 Tensor weight_grad(const Layer& m, const GatheredRows& grad, const GatheredRows& a, const Tensor& w,
                    const Device& device) {
   const bool transposed = lies_transposed(w);
-  const int64_t n = w.size(transposed ? 2 : 1), k = w.size(transposed ? 1 : 2);
-  auto out = empty({m.num_experts, n, k}, w.scalar_type(), m.x);
+  const int64_t n = w.size(1), k = w.size(2);
+  auto out = empty_weight_grad(m.num_experts, n, k, w.scalar_type(), transposed, m.x);
   grouped_gemm_weight_grad({.grad = transposed ? a : grad,
                             .a = transposed ? grad : a,
                             .offsets = m.plan.offsets,
                             .num_experts = m.num_experts,
                             .num_rows = m.plan.rows,
-                            .n = n,
-                            .k = k,
+                            .n = transposed ? k : n,
+                            .k = transposed ? n : k,
                             .out = out.data_ptr(),
                             .out_dtype = dtype_of(out),
                             .allow_tf32 = m.allow_tf32},
                            device);
-  return transposed ? torch::stable::transpose(out, 1, 2) : out;
+  return out;
 }
 
 Tensor bias_grad(const Layer& m, const GatheredRows& grad, int64_t n, ScalarType dtype, const Device& device) {

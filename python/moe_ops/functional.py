@@ -236,9 +236,9 @@ def _inference(
     """
     panels_in = panels_out = None
     if isinstance(w_in, PackedWeight):
-        panels_in, w_in = w_in.panels, w_in.stand_in
+        w_in, panels_in = operand(w_in)
     if isinstance(w_out, PackedWeight):
-        panels_out, w_out = w_out.panels, w_out.stand_in
+        w_out, panels_out = operand(w_out)
     act, interleaved, alpha, bound, up_offset, weight_on_input, _ = _cached_options(gated, x.dtype, *options)
     y: Tensor = without_autograd(
         _moe_mlp_inference, x, weights, experts, w_in, w_out, b_in, b_out, act, gated, interleaved, alpha, bound,

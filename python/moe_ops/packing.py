@@ -48,7 +48,10 @@ def prepack(weight: Tensor, *, dtype: Any = None) -> PackedWeight:
 
 def operand(w: Any) -> tuple[Any, Tensor | None]:
     """What an operator takes for a weight: the tensor, and the panels where it is packed."""
-    return (w.stand_in, w.panels) if isinstance(w, PackedWeight) else (w, None)
+    if not isinstance(w, PackedWeight):
+        return w, None
+    checks.tensor("PackedWeight", "panels", w.panels, "[experts, panels, steps, columns, values]", 5)
+    return w.stand_in, w.panels
 
 
 def check(op: str, name: str, weight: Tensor, panels: Tensor | None, first_name: str, first: Tensor) -> None:
