@@ -146,7 +146,7 @@ def test_layouts_of_low_dtypes(layout, options, dtype, device, instruction_set):
 
 
 @every_dtype
-@pytest.mark.parametrize("inner", [5, 200])
+@pytest.mark.parametrize("inner", [5, 13, 200])  # 13: more than half a vector of AVX-512
 @pytest.mark.parametrize("tokens", [2, 9, 60])
 def test_interleaved_has_the_bits_of_concatenated(tokens, inner, dtype, device, instruction_set):
     """But for x's gradient, which is a sum over gates and ups in their order."""

@@ -145,7 +145,8 @@ class PackedWeight(NamedTuple):
 def lies_transposed(w: torch.Tensor) -> bool:
     """Whether an expert weight [E, N, K] lies in memory as [E, K, N], without gaps.
 
-    So does its gradient then: a parameter keeps it in its own layout, and a copy takes longer than the product.
+    So does its gradient then: a parameter keeps it in its own layout, and a copy takes longer than the product. Fakes
+    foretell with it what lies_transposed of csrc/ops/gemm_operands.h decides.
     """
     experts, n, k = w.shape
     return n > 1 and k > 1 and w.stride(1) == 1 and w.stride(2) == n and (experts < 2 or w.stride(0) == n * k)
