@@ -79,7 +79,8 @@ void multiply_few_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeig
   }
 }
 
-// What is asked for ahead lies one block further, in this panel or the next. The next blocks of A are packed beside.
+// What is asked for ahead is what will be multiplied next: one block further in this panel, in the next one, or in the
+// first one again. The next blocks of A are packed beside.
 template <class Ar, class X>
 void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w,
                              const PackedPanels<X>& panels, Blocks<Ar>& blocks) {
@@ -91,6 +92,7 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
     const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kTurnSteps) * 64;
     return {reinterpret_cast<const char*>(from), run, ceil_div(bytes, run), run};
   };
+  fetch_ahead<2>(panels.panels[0].data, min(w.depth, kBlockDepth<Ar>) * kPanel<Ar>);  // comes while rows are packed
   pack_row_blocks<Ar>(a, 0, min(packed.depth, w.depth), blocks.a[0], packed.size);
   int which = 0;
   for (int64_t begin = 0; begin < w.depth || begin == 0; begin += packed.depth, which ^= 1) {
@@ -107,6 +109,8 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
         if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth, steps);
         else if (i + 1 < panels.count && depth)
           wanted = ahead(panels.panels[i + 1].data + (at_once ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
+        else if (end < w.depth)
+          wanted = ahead(panels.panels[0].data + end * kPanel<Ar>, min(w.depth - end, kBlockDepth<Ar>), steps);
         const TileSums<typename Ar::C> sums{blocks.tile + panel.tile_col, k == 0};
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b[0]),
                                         a.count, panel.cols, steps, kMicroCols<Ar>, sums, wanted, rows);
