@@ -20,10 +20,10 @@ void pack_row_blocks(const TileRows<X, typename Ar::C>& a, int64_t begin, int64_
   }
 }
 
-// The same beside: a piece is a vector of one row.
+// The same beside: a piece is two vectors of one row.
 template <class Ar, class X>
 struct RowsBeside {
-  static constexpr int kValues = kLanes<typename Ar::C> * Ar::kDepth;
+  static constexpr int kVector = kLanes<typename Ar::C> * Ar::kDepth, kValues = 2 * kVector;
   static_assert(kBlockDepth<Ar> % kValues == 0);
 
   const TileRows<X, typename Ar::C>* a;
@@ -48,9 +48,13 @@ struct RowsBeside {
   }
 
   MOE_INLINE void piece() {
-    __builtin_prefetch(a->rows[min(row + 1, a->count - 1)] + begin + k, 0, 2);
-    store_vector(at, Reader<Ar, X, X>::along_k(a->rows[row] + begin + k, kValues, a->scale[row], a->scaled));
-    k += kValues, in_block += kValues, at += kLanes<typename Ar::C>;
+    const X *const from = a->rows[row] + begin + k, *const next = a->rows[min(row + 1, a->count - 1)] + begin + k;
+#pragma GCC unroll 2
+    for (int i = 0; i < kValues; i += kVector) {
+      __builtin_prefetch(next + i, 0, 2);
+      store_vector(at + i / Ar::kDepth, Reader<Ar, X, X>::along_k(from + i, kVector, a->scale[row], a->scaled));
+    }
+    k += kValues, in_block += kValues, at += kValues / Ar::kDepth;
     if (in_block == kBlockDepth<Ar>) at += block_size - kBlockSteps, in_block = 0;
     if (k == whole) k = in_block = 0, at = to + ++row * RowsOfA<Ar>::kRowStride;
   }
@@ -126,16 +130,17 @@ struct PanelBeside {
   }
 };
 
-// Panels of rows that lie across the reduction: a piece is a group of columns of a row, or of a pair.
+// Panels of rows that lie across the reduction: a piece is some groups of columns of a row, or of a pair.
 template <class Ar, class X, class Rows>
 struct AcrossBeside {
   using C = typename Ar::C;
   using S = typename Rows::Value;
   using Group = Across<Ar, X, S>;
   // Copying is little work, and interleaving less still; registers narrower than AVX-512's leave no room for it.
-  static constexpr int kMost = MOE_VECTOR_BYTES < 64 ? 1 : Group::kInterleaves ? 8 : 4;
+  static constexpr int kGroups = MOE_VECTOR_BYTES < 64 ? 1 : 2, kCols = kGroups * Group::kCols;
+  static constexpr int kMost = MOE_VECTOR_BYTES < 64 ? 1 : Group::kInterleaves ? 4 : 2;
   static constexpr bool kTwoLines = Group::kCols * int(sizeof(S)) > kLine;
-  static constexpr int kPanelPieces = kPanel<Ar> / Group::kCols * kBlockSteps;
+  static constexpr int kPanelPieces = kPanel<Ar> * kBlockSteps / kCols;
 
   Rows rows, behind;                  // behind: packed after these; asked for
   int64_t cols, steps, whole, ahead;  // whole, ahead: steps; ahead: to the row that is asked for
@@ -150,9 +155,9 @@ struct AcrossBeside {
         behind(behind),
         cols(cols),
         steps(ceil_div(depth, Ar::kDepth)),
-        whole(contiguous && cols % kPanel<Ar> == 0 ? depth / Ar::kDepth : 0),
+        whole(contiguous && cols % (kCols > kPanel<Ar> ? kCols : kPanel<Ar>) == 0 ? depth / Ar::kDepth : 0),
         to(to),
-        pieces(Pieces::spread(cols / Group::kCols * whole, turns, kMost)) {
+        pieces(Pieces::spread(cols / kCols * whole, turns, kMost)) {
     if (pieces.left == 0) whole = 0;
     ahead = min(whole, 24);
   }
@@ -168,12 +173,13 @@ struct AcrossBeside {
       const S* const asked = from_later.at(k_later + i);
       if (col == 0) __builtin_prefetch(asked, 0, 2);
       // The last column of each line: rows may begin within one.
-      if (kTwoLines) __builtin_prefetch(asked + col + (Group::kCols / 2 - 1), 0, 2);
-      __builtin_prefetch(asked + col + (Group::kCols - 1), 0, 2);
+      constexpr int line = kTwoLines ? Group::kCols / 2 : Group::kCols;
+      for (int last = line - 1; last < kCols; last += line) __builtin_prefetch(asked + col + last, 0, 2);
     }
-    Group::store(from, col, scales, rows.scaled,
-                 to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);
-    col += Group::kCols;
+#pragma GCC unroll 2
+    for (int i = 0; i < kGroups; ++i, col += Group::kCols)
+      Group::store(from, col, scales, rows.scaled,
+                   to + (col / kPanel<Ar> * steps + step) * kPanel<Ar> + col % kPanel<Ar>);
     if (col == cols) col = 0, ++step;
   }
 };
