@@ -63,9 +63,8 @@ struct WeightChunks {
   }
   Ahead ahead(const Chunk& c) const {
     constexpr int64_t size = sizeof(W);
-    const auto* begin = reinterpret_cast<const char*>(c.weights);
-    return along ? Ahead{begin, w.n_stride * size, c.cols, c.depth * size}
-                 : Ahead{begin, w.k_stride * size, c.depth, c.cols * size};
+    return along ? Ahead::of(c.weights, w.n_stride * size, c.cols, c.depth * size)
+                 : Ahead::of(c.weights, w.k_stride * size, c.depth, c.cols * size);
   }
   void ask_for(const Chunk& c) const {
     for (int64_t i = 0; i < (along ? c.cols : c.depth); ++i)

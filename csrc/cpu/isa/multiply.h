@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/isa/dot.h"
+#include "cpu/isa/stream.h"
 #include "cpu/isa/table.h"
 #include "cpu/isa/vec.h"
 
@@ -59,22 +60,33 @@ struct ColumnsOfA {  // ragged-K: A is the transpose of rows that lie contiguous
   static constexpr int kStep = kTileRows;
 };
 
-// Weights that will be packed at once, or multiplied where they lie (prepacked.h), next: the micro-kernel asks for a
-// line of each row at a turn, so that they are found in L2.
+// Weights that will be packed at once, or multiplied where they lie (prepacked.h), next: the micro-kernel asks for some
+// of their lines at each turn, in the order in which they lie, so that they are found in L2.
 struct Ahead {
   const char* begin = nullptr;
   int64_t stride = 0, rows = 0, bytes = 0;  // between rows; how many; of each
+  int64_t at = 0, lines = 0;                // in the first row; that are left
 
-  // The rows that part i of n asks for.
-  MOE_INLINE Ahead part(int64_t i, int64_t n) const {
-    const int64_t first = rows * i / n;
-    return {begin + first * stride, stride, rows * (i + 1) / n - first, bytes};
+  static Ahead of(const void* begin, int64_t stride, int64_t rows, int64_t bytes) {
+    return {static_cast<const char*>(begin), stride, rows, bytes, 0, rows * ceil_div(bytes, kLine)};
+  }
+  // The share from..to of `all`.
+  MOE_INLINE Ahead part(int64_t from, int64_t to, int64_t all) const {
+    if (lines == 0) return *this;
+    const int64_t of_row = ceil_div(bytes, kLine), first = lines * from / all, row = first / of_row;
+    return {begin + row * stride, stride, rows - row, bytes, (first - row * of_row) * kLine, lines * to / all - first};
+  }
+  MOE_INLINE void ask(int64_t count) {
+    for (; count > 0 && lines > 0; --count, --lines) {
+      __builtin_prefetch(begin + at, 0, 2);
+      at += kLine;
+      if (at >= bytes) at = 0, begin += stride;
+    }
   }
 };
 
-// Steps of a turn. At each the micro-kernel asks for a line of each row of Ahead and, while it multiplies kMicroRows
-// rows, does some pieces of other work: so little at a time costs next to nothing, where the same work between two
-// calls costs its time.
+// Steps of a turn. At each the micro-kernel asks for lines of Ahead and, while it multiplies kMicroRows rows, does some
+// pieces of other work: so little at a time costs next to nothing, where the same work between two calls costs its time.
 inline constexpr int kTurnSteps = 8;
 inline constexpr int kMostPieces = 2;  // of most kinds of work at a turn: all at once is faster than more
 
@@ -129,7 +141,7 @@ struct TileSums {
 // reduction. At each turn a share of the work `beside` is done.
 template <class Ar, class Layout, int rows>
 void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, const auto& to,
-              const Ahead& ahead, auto&... beside) {
+              Ahead ahead, auto&... beside) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
@@ -139,10 +151,9 @@ void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int6
 #pragma GCC unroll 4
     for (int j = 0; j < kMicroVectors; ++j) acc[i][j] = Vec<C>{};
 
-  int64_t line = 0;
-  for (int64_t left = depth; left > 0; left -= kTurnSteps, line += 64) {
-    if (line < ahead.bytes)
-      for (int64_t row = 0; row < ahead.rows; ++row) __builtin_prefetch(ahead.begin + row * ahead.stride + line, 0, 2);
+  const int64_t turns = ceil_div(depth, kTurnSteps), lines_of_turn = turns ? ceil_div(ahead.lines, turns) : 0;
+  for (int64_t left = depth; left > 0; left -= kTurnSteps) {
+    ahead.ask(lines_of_turn);
     (take_turn(beside), ...);
     const int64_t steps = left < kTurnSteps ? left : kTurnSteps;
     for (int64_t k = 0; k < steps; ++k) {
@@ -193,15 +204,15 @@ int64_t turns_of_block(int64_t rows, int64_t cols, int64_t depth) {
 template <class Ar, class Layout>
 void multiply_block(const typename Ar::Element* a, const typename Ar::Element* b, int64_t rows, int64_t cols,
                     int64_t depth, int64_t width, const auto& to, const Ahead& ahead, auto&... beside) {
-  const int64_t calls = ceil_div(rows, kMicroRows) * ceil_div(cols, kMicroCols<Ar>);
-  int64_t call = 0;
+  const int64_t all = rows * ceil_div(cols, kMicroCols<Ar>);
+  int64_t done = 0;
   for (int64_t begin = 0; begin < cols; begin += width)
     for (int64_t row = 0, n; row < rows; row += n) {
       n = rows_of_call(rows - row);
-      for (int64_t col = begin; col < min(begin + width, cols); col += kMicroCols<Ar>, ++call) {
+      for (int64_t col = begin; col < min(begin + width, cols); col += kMicroCols<Ar>, done += n) {
         const int64_t in_panel = col % kPanel<Ar>;
         multiply_rows<Ar, Layout>(n, a + row * Layout::kRowStride, b + (col - in_panel) * depth + in_panel, depth,
-                                  to.at(row, col), ahead.part(call, calls), beside...);
+                                  to.at(row, col), ahead.part(done, done + n, all), beside...);
       }
     }
 }

@@ -87,10 +87,8 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
   const RowBlocks<Ar> packed(a.count);
   const bool at_once = packed.depth >= w.depth;
   const int64_t full_depth = depth_of_panel<Ar>(w);
-  // Memory as rows of one line for each turn, since of each row a line is asked for at a turn.
-  const auto ahead = [](const X* from, int64_t depth, int64_t steps) -> Ahead {
-    const int64_t bytes = depth * kPanel<Ar> * int64_t(sizeof(X)), run = ceil_div(steps, kTurnSteps) * 64;
-    return {reinterpret_cast<const char*>(from), run, ceil_div(bytes, run), run};
+  const auto ahead = [](const X* from, int64_t depth) -> Ahead {
+    return Ahead::of(from, 0, 1, depth * kPanel<Ar> * int64_t(sizeof(X)));
   };
   fetch_ahead<2>(panels.panels[0].data, min(w.depth, kBlockDepth<Ar>) * kPanel<Ar>);  // comes while rows are packed
   pack_row_blocks<Ar>(a, 0, min(packed.depth, w.depth), blocks.a[0], packed.size);
@@ -106,11 +104,11 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
         const int64_t depth = min(end - k, kBlockDepth<Ar>), steps = ceil_div(depth, Ar::kDepth);
         const int64_t next = k + kBlockDepth<Ar>;
         Ahead wanted{};
-        if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth, steps);
+        if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth);
         else if (i + 1 < panels.count && depth)
-          wanted = ahead(panels.panels[i + 1].data + (at_once ? next - full_depth : begin) * kPanel<Ar>, depth, steps);
+          wanted = ahead(panels.panels[i + 1].data + (at_once ? next - full_depth : begin) * kPanel<Ar>, depth);
         else if (end < w.depth)
-          wanted = ahead(panels.panels[0].data + end * kPanel<Ar>, min(w.depth - end, kBlockDepth<Ar>), steps);
+          wanted = ahead(panels.panels[0].data + end * kPanel<Ar>, min(w.depth - end, kBlockDepth<Ar>));
         const TileSums<typename Ar::C> sums{blocks.tile + panel.tile_col, k == 0};
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b[0]),
                                         a.count, panel.cols, steps, kMicroCols<Ar>, sums, wanted, rows);
