@@ -86,7 +86,8 @@ struct Ahead {
 };
 
 // Steps of a turn. At each the micro-kernel asks for lines of Ahead and, while it multiplies kMicroRows rows, does some
-// pieces of other work: so little at a time costs next to nothing, where the same work between two calls costs its time.
+// pieces of other work: so little at a time costs next to nothing, where the same work between two calls costs its
+// time.
 inline constexpr int kTurnSteps = 8;
 inline constexpr int kMostPieces = 2;  // of most kinds of work at a turn: all at once is faster than more
 
@@ -140,8 +141,8 @@ struct TileSums {
 // from zero and joins those before at the end: the error grows with the block's depth, not with the length of the whole
 // reduction. At each turn a share of the work `beside` is done.
 template <class Ar, class Layout, int rows>
-void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, const auto& to,
-              Ahead ahead, auto&... beside) {
+void multiply(const typename Ar::Element* a, const typename Ar::Element* b, int64_t depth, const auto& to, Ahead ahead,
+              auto&... beside) {
   using C = typename Ar::C;
   using Element = typename Ar::Element;
   constexpr int lanes = kLanes<C>;
