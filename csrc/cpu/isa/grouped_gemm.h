@@ -62,9 +62,8 @@ struct WeightChunks {
             min(w.cols - col, cols), half * kTileCols / 2 + col};
   }
   Ahead ahead(const Chunk& c) const {
-    constexpr int64_t size = sizeof(W);
-    return along ? Ahead::of(c.weights, w.n_stride * size, c.cols, c.depth * size)
-                 : Ahead::of(c.weights, w.k_stride * size, c.depth, c.cols * size);
+    return along ? Ahead::of(c.weights, w.n_stride, c.cols, c.depth)
+                 : Ahead::of(c.weights, w.k_stride, c.depth, c.cols);
   }
   void ask_for(const Chunk& c) const {
     for (int64_t i = 0; i < (along ? c.cols : c.depth); ++i)

@@ -79,17 +79,17 @@ void multiply_few_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeig
   }
 }
 
-// What is asked for ahead is what will be multiplied next: one block further in this panel, in the next one, or in the
-// first one again. The next blocks of A are packed beside.
+// What is asked for is what is multiplied next: the next block of this panel, the first of the next one, or behind the
+// last panel where the first one goes on. Where the rows of A are packed for all of a panel it is as deep as this
+// block, on into the next panel, which lies behind. The next blocks of A are packed beside.
 template <class Ar, class X>
 void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWeights<X>& w,
                              const PackedPanels<X>& panels, Blocks<Ar>& blocks) {
   const RowBlocks<Ar> packed(a.count);
   const bool at_once = packed.depth >= w.depth;
   const int64_t full_depth = depth_of_panel<Ar>(w);
-  const auto ahead = [](const X* from, int64_t depth) -> Ahead {
-    return Ahead::of(from, 0, 1, depth * kPanel<Ar> * int64_t(sizeof(X)));
-  };
+  const auto ahead = [](const X* from, int64_t depth) { return Ahead::of(from, 0, 1, depth * kPanel<Ar>); };
+  const auto block_depth = [](int64_t begin, int64_t end) { return min(end - begin, kBlockDepth<Ar>); };
   fetch_ahead<2>(panels.panels[0].data, min(w.depth, kBlockDepth<Ar>) * kPanel<Ar>);  // comes while rows are packed
   pack_row_blocks<Ar>(a, 0, min(packed.depth, w.depth), blocks.a[0], packed.size);
   int which = 0;
@@ -101,14 +101,15 @@ void multiply_many_prepacked(const TileRows<X, typename Ar::C>& a, const TileWei
       const auto& panel = panels.panels[i];
       const typename Ar::Element* block = blocks.a[which];
       for (int64_t k = begin; k < end || k == 0; k += kBlockDepth<Ar>, block += packed.size) {
-        const int64_t depth = min(end - k, kBlockDepth<Ar>), steps = ceil_div(depth, Ar::kDepth);
+        const int64_t depth = block_depth(k, end), steps = ceil_div(depth, Ar::kDepth);
         const int64_t next = k + kBlockDepth<Ar>;
         Ahead wanted{};
-        if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, depth);
-        else if (i + 1 < panels.count && depth)
-          wanted = ahead(panels.panels[i + 1].data + (at_once ? next - full_depth : begin) * kPanel<Ar>, depth);
-        else if (end < w.depth)
-          wanted = ahead(panels.panels[0].data + end * kPanel<Ar>, min(w.depth - end, kBlockDepth<Ar>));
+        if (next < end) wanted = ahead(panel.data + next * kPanel<Ar>, at_once ? depth : block_depth(next, end));
+        else if (i + 1 < panels.count && at_once)
+          wanted = ahead(panels.panels[i + 1].data + (next - full_depth) * kPanel<Ar>, depth);
+        else if (i + 1 < panels.count)
+          wanted = ahead(panels.panels[i + 1].data + begin * kPanel<Ar>, block_depth(begin, end));
+        else wanted = ahead(panels.panels[0].data + end * kPanel<Ar>, block_depth(end, w.depth));
         const TileSums<typename Ar::C> sums{blocks.tile + panel.tile_col, k == 0};
         multiply_block<Ar, RowsOfA<Ar>>(block, panel_block<Ar>(panel.data + k * kPanel<Ar>, depth, blocks.b[0]),
                                         a.count, panel.cols, steps, kMicroCols<Ar>, sums, wanted, rows);
