@@ -15,6 +15,11 @@ MOE_INLINE Vec<C> abs(Vec<C> x) {
   return bit_cast<Vec<C>>(bit_cast<Vec<Bits<C>>>(x) & std::numeric_limits<Bits<C>>::max());
 }
 
+template <class C>
+MOE_INLINE Vec<C> minus_abs(Vec<C> x) {
+  return bit_cast<Vec<C>>(bit_cast<Vec<Bits<C>>>(x) | std::numeric_limits<Bits<C>>::min());
+}
+
 // |magnitude| with the sign of sign.
 template <class C>
 MOE_INLINE Vec<C> copy_sign(Vec<C> magnitude, Vec<C> sign) {
@@ -63,8 +68,7 @@ MOE_INLINE Vec<C> exp(Vec<C> x) {
   constexpr C kLow = single ? C(-0x1.bd0106p-13) : C(0x1.a39ef35793c76p-33);
   // Outside of these the result is 0 or inf; NaN passes through both.
   const Vec<C> lowest = broadcast(single ? C(-104) : C(-746)), highest = broadcast(single ? C(89) : C(710));
-  x = lowest > x ? lowest : x;
-  x = highest < x ? highest : x;
+  x = smaller<C>(highest, larger<C>(lowest, x));
   Vec<C> shifted = x * C(0x1.71547652b82fep0) + kToNearest;
   Vec<C> n = shifted - kToNearest;
   Vec<C> r = x - n * kHigh;  // ln 2 in two pieces, the first short enough for an exact product
@@ -110,13 +114,13 @@ MOE_INLINE Vec<C> log1p(Vec<C> x) {
 // log(1 + e^x), relative accuracy in both tails.
 template <class C>
 MOE_INLINE Vec<C> softplus(Vec<C> x) {
-  return (x < C(0) ? broadcast(C(0)) : x) + log1p<C>(exp<C>(-abs<C>(x)));
+  return (x < C(0) ? broadcast(C(0)) : x) + log1p<C>(exp<C>(minus_abs<C>(x)));
 }
 
 // 1 / (1 + e^-x); e^-|x| keeps the lower tail's denormal results.
 template <class C>
 MOE_INLINE Vec<C> sigmoid(Vec<C> x) {
-  Vec<C> e = exp<C>(-abs<C>(x));
+  Vec<C> e = exp<C>(minus_abs<C>(x));
   return (x < C(0) ? e : broadcast(C(1))) / (C(1) + e);
 }
 

@@ -57,7 +57,7 @@ class Router {
     first_ = first;
     count_ = count;
     for (int i = 0; i < count; ++i) {
-      prefetch_row(first + kTokens + i);
+      fetch_row_ahead<C>(p_.logits, first + kTokens + i, p_.tokens, p_.experts);
       score(i);
     }
     if (p_.num_groups > 1) {
@@ -73,13 +73,6 @@ class Router {
   }
 
  private:
-  // Memory is asked for one block of tokens ahead: what the processor foresees by itself ends with a page.
-  void prefetch_row(int64_t t) const {
-    const int64_t size = size_of(p_.logits.dtype);
-    const char* row = static_cast<const char*>(p_.logits.data) + min(t, p_.tokens - 1) * p_.logits.stride * size;
-    for (int64_t at = 0; at < p_.experts * size; at += 64) __builtin_prefetch(row + at);
-  }
-
   int32_t* chosen(int i) const { return p_.chosen + (first_ + i) * p_.top_k; }
 
   void score(int i) {

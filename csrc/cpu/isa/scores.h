@@ -7,6 +7,7 @@
 #include "cpu/isa/buffer.h"
 #include "cpu/isa/math.h"
 #include "cpu/isa/rank.h"
+#include "cpu/isa/stream.h"
 
 namespace moe::MOE_ISA {
 
@@ -41,6 +42,13 @@ template <class C>
 MOE_INLINE void load_row(const Matrix& from, int64_t row, int64_t count, C* z) {
   visit_row<C>(from, row, [=](auto* values) { load_values<C>(values, count, z); });
   pad(z, count, kMinusInf<C>);
+}
+
+// Asks for a row that is read later; none past the last.
+template <class C>
+MOE_INLINE void fetch_row_ahead(const Matrix& from, int64_t row, int64_t rows, int64_t count) {
+  if (row < rows)
+    visit_row<C>(from, row, [=](const auto* values) __attribute__((always_inline)) { fetch_ahead<1>(values, count); });
 }
 
 template <class C, class S>
@@ -147,7 +155,7 @@ MOE_INLINE Vec<C> score_of(Score score, Vec<C> z) {
 template <class C>
 MOE_INLINE Vec<C> score_slope(Score score, Vec<C> z) {
   if (score == Score::sigmoid) {
-    Vec<C> e = exp<C>(-abs<C>(z));
+    Vec<C> e = exp<C>(minus_abs<C>(z));
     return e / ((C(1) + e) * (C(1) + e));
   }
   if (score != Score::sqrtsoftplus) return broadcast(C(1));

@@ -50,13 +50,29 @@ MOE_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
 }
 
+// b where either is NaN. gcc 12 makes a comparison and a blend of what is one instruction if one of the two is
+// constant.
 template <class T>
 MOE_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<Vec<T>>(_mm512_maskz_max_ps(-1, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<Vec<T>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#endif
   return a > b ? a : b;
 }
 template <class T>
 MOE_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  return a > b ? b : a;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<Vec<T>>(_mm512_maskz_min_ps(-1, bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<Vec<T>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#endif
+  return a < b ? a : b;
 }
 
 // The type a product is computed and accumulated in.
