@@ -108,6 +108,27 @@ def test_edges_of_logits(name, dtype, score, device, instruction_set):
             compare(route(top_k, score=score), {"logits": logits}, device)
 
 
+NANS = {  # of either sign, signalling and quiet, the smallest and the largest payload
+    torch.float16: (torch.int16, (0x7C01, 0x7E00, 0x7FFF, -0x3FF, -0x200, -1)),
+    torch.bfloat16: (torch.int16, (0x7F81, 0x7FC0, 0x7FFF, -0x7F, -0x40, -1)),
+    torch.float32: (torch.int32, (0x7F800001, 0x7FC00000, 0x7FFFFFFF, -0x7FFFFF, -0x400000, -1)),
+    torch.float64: (torch.int64, (0x7FF << 52 | 1, 0x7FF8 << 48, 2**63 - 1, -(2**52) + 1, -(2**51), -1)),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("options", [{}, {"groups": (2, 2)}], ids=["logits", "groups"])
+def test_all_nans_are_equal(dtype, options, device, instruction_set):
+    """And come before every number, by their ids."""
+    integer, bits = NANS[dtype]
+    nans = torch.tensor(bits, dtype=integer).view(dtype)
+    assert nans.isnan().all()
+    row = torch.cat([nans, torch.tensor([math.inf, 0.0, -0.0, -math.inf], dtype=dtype)])
+    logits = torch.stack([row[torch.randperm(10, generator=seeded(t))] for t in range(40)])
+    chosen = moe_ops.route(place(logits, device), 10, score="identity", **options)[1]
+    assert chosen.tolist() == [by_hand(row, 10) for row in logits.tolist()]
+
+
 @every_dtype
 def test_many_ties(dtype, device, instruction_set):
     for experts in (5, 16, 40, 130, 512):

@@ -65,7 +65,7 @@ struct WeightChunks {
     return along ? Ahead::of(c.weights, w.n_stride, c.cols, c.depth)
                  : Ahead::of(c.weights, w.k_stride, c.depth, c.cols);
   }
-  void ask_for(const Chunk& c) const {
+  MOE_INLINE void ask_for(const Chunk& c) const {
     for (int64_t i = 0; i < (along ? c.cols : c.depth); ++i)
       fetch_ahead<2>(c.weights + i * (along ? w.n_stride : w.k_stride), along ? c.depth : c.cols);
   }

@@ -114,7 +114,7 @@ MOE_INLINE Vec<C> log1p(Vec<C> x) {
 // log(1 + e^x), relative accuracy in both tails.
 template <class C>
 MOE_INLINE Vec<C> softplus(Vec<C> x) {
-  return (x < C(0) ? broadcast(C(0)) : x) + log1p<C>(exp<C>(minus_abs<C>(x)));
+  return larger<C>(broadcast(C(0)), x) + log1p<C>(exp<C>(minus_abs<C>(x)));
 }
 
 // 1 / (1 + e^-x); e^-|x| keeps the lower tail's denormal results.
@@ -149,7 +149,7 @@ MOE_INLINE Vec<C> erf(Vec<C> x) {
                                      4.986810498e-03f, -5.957368994e-04f);
     Vec<float> near = p * x + x;
     Vec<float> t = abs<float>(x);
-    t = t > 4.0f ? broadcast(4.0f) : t;  // where erf rounds to 1
+    t = smaller<float>(broadcast(4.0f), t);  // where erf rounds to 1
     Vec<float> q = polynomial<float>(t, -1.286484897e-01f, -6.351513267e-01f, -1.062368900e-01f, 2.376207151e-02f,
                                      -3.642462892e-03f, 3.228048154e-04f, -1.123140009e-05f);
     Vec<float> far = copy_sign<float>(1.0f - exp<float>(q * t - t), x);
