@@ -11,13 +11,21 @@
 
 namespace moe::MOE_ISA {
 
-// The most rows of A, for weights of type S: more are multiplied faster by transposing squares (few_rows.h). Between
-// them lie as many Elements as a tile's block of A has room for.
+// The most rows of A, for weights of type S. Between them lie as many Elements as a tile's block of A has room for.
 inline constexpr int kMostDotRows = 6;
 template <class S>
 inline constexpr int kDotRows = sizeof(S) == 2 ? kMostDotRows : 4;
 template <class Ar>
 inline constexpr int64_t kDotStride = kTileRows / kMostDotRows * RowsOfA<Ar>::kRowStride;
+
+// Others are multiplied faster by transposing squares (few_rows.h): so are more than two rows that hold more values
+// than these, measured, but for weights that have to be converted.
+inline constexpr int64_t kDotValues = 13 << 10;
+template <class Ar, class S>
+bool are_dots(int64_t rows, int64_t depth) {
+  constexpr bool converted = sizeof(S) * Ar::kDepth != sizeof(typename Ar::Element);
+  return rows <= kDotRows<S> && (rows <= 2 || converted || rows * depth <= kDotValues);
+}
 
 // Runs of weight rows that are read side by side: four where a step is short enough for the processor to look ahead by
 // itself, else two, asked for kDotBytesAhead ahead, into L1.

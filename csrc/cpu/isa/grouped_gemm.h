@@ -141,7 +141,8 @@ void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w
   if constexpr (std::is_same_v<X, W>)  // prepack has rounded
     if (w.prepacked) return multiply_prepacked<Ar>(a, w, blocks);
   const bool few = a.count <= kFewRows, along = w.k_stride == 1;
-  if (along && a.count <= kDotRows<W> && !batch_invariant) multiply_unpacked<FewRows::dots, Ar>(a, w, blocks);
+  if (along && are_dots<Ar, W>(a.count, w.depth) && !batch_invariant)
+    multiply_unpacked<FewRows::dots, Ar>(a, w, blocks);
   else if (few && along) multiply_unpacked<FewRows::squares, Ar>(a, w, blocks);
   else if (few && w.n_stride == 1) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
   else if (!along) multiply_packed<ManyRows::across, Ar>(a, w, blocks);
