@@ -148,14 +148,13 @@ struct AcrossBeside {
   Pieces pieces;
   int64_t col = 0, step = 0;
 
-  // contiguous: the columns of a row lie side by side; others are left to packing at once.
   AcrossBeside(const Rows& rows, const Rows& behind, int64_t cols, int64_t depth, typename Ar::Element* to,
-               int64_t turns, bool contiguous = true)
+               int64_t turns)
       : rows(rows),
         behind(behind),
         cols(cols),
         steps(ceil_div(depth, Ar::kDepth)),
-        whole(contiguous && cols % kPanel<Ar> == 0 && cols % kCols == 0 ? depth / Ar::kDepth : 0),
+        whole(cols % kPanel<Ar> == 0 && cols % kCols == 0 ? depth / Ar::kDepth : 0),
         to(to),
         pieces(Pieces::spread(cols / kCols * whole, turns, kMost)) {
     if (pieces.left == 0) whole = 0;

@@ -74,7 +74,7 @@ struct WeightChunks {
   }
   Packing beside(const Chunk& c, const Chunk& behind, typename Ar::Element* to, int64_t turns) const {
     if constexpr (along) return {c.weights, behind.weights, w.n_stride, c.cols, c.depth, to, turns};
-    else return {{c.weights, w.k_stride}, {behind.weights, w.k_stride}, c.cols, c.depth, to, turns, w.n_stride == 1};
+    else return {{c.weights, w.k_stride}, {behind.weights, w.k_stride}, c.cols, c.depth, to, turns};
   }
 };
 
@@ -144,7 +144,7 @@ void multiply_tile(const TileRows<X, typename Ar::C>& a, const TileWeights<W>& w
   if (along && are_dots<Ar, W>(a.count, w.depth) && !batch_invariant)
     multiply_unpacked<FewRows::dots, Ar>(a, w, blocks);
   else if (few && along) multiply_unpacked<FewRows::squares, Ar>(a, w, blocks);
-  else if (few && w.n_stride == 1) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
+  else if (few) multiply_unpacked<FewRows::across, Ar>(a, w, blocks);
   else if (!along) multiply_packed<ManyRows::across, Ar>(a, w, blocks);
   else if (turns_of_block<Ar>(a.count, kPanel<Ar>, kBlockSteps) >= PanelBeside<Ar, X, W, false>::kPanelPieces)
     multiply_packed<ManyRows::along, Ar>(a, w, blocks);

@@ -186,16 +186,14 @@ MOE_INLINE void load_transposed(const Row& row, int64_t width, int64_t depth, Ve
   transpose<typename Ar::Element>(block);
 }
 
-// Panels of `cols` columns of an expert's weights, with unit stride along K or along N (or none: a column at a time),
-// from first_step on.
+// Panels of `cols` columns of an expert's weights, with unit stride along K or along N, from first_step on.
 template <class Ar, class X, class S>
 void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t cols, int64_t depth,
                   typename Ar::Element* to, int64_t first_step = 0) {
-  using C = typename Ar::C;
   using Element = typename Ar::Element;
-  constexpr int lanes = kLanes<C>, panel = kPanel<Ar>;
-  const int64_t steps = ceil_div(depth, Ar::kDepth);
+  constexpr int lanes = kLanes<typename Ar::C>, panel = kPanel<Ar>;
   if (k_stride == 1) {
+    const int64_t steps = ceil_div(depth, Ar::kDepth);
     for (int64_t col = 0; col < ceil_div(cols, panel) * panel; col += lanes) {
       Element* panel_to = to + col / panel * panel * steps + col % panel;
       int64_t step = first_step;
@@ -211,18 +209,8 @@ void pack_weights(const S* weight, int64_t n_stride, int64_t k_stride, int64_t c
         for (int64_t i = 0; i < min(steps - step, lanes); ++i) store_vector(panel_to + (step + i) * panel, block[i]);
       }
     }
-  } else if (n_stride == 1) {
-    pack_steps<Ar, X, panel>(StridedRows<S>{weight, k_stride}, depth, cols, to, first_step);
   } else {
-    const C scales[2] = {1, 1};
-    S gathered[2][kTileCols];
-    for (int64_t step = first_step; step < steps; ++step) {
-      const int64_t k = step * Ar::kDepth, count = min(depth - k, Ar::kDepth);
-      for (int64_t half = 0; half < count; ++half)
-        for (int64_t j = 0; j < cols; ++j) gathered[half][j] = weight[(k + half) * k_stride + j * n_stride];
-      const S* rows[2] = {gathered[0], count == 2 ? gathered[1] : nullptr};
-      pack_across<Ar, X, panel>(rows, scales, false, cols, step, steps, to);
-    }
+    pack_steps<Ar, X, panel>(StridedRows<S>{weight, k_stride}, depth, cols, to, first_step);
   }
 }
 
