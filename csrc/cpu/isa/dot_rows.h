@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/isa/pack.h"
 #include "cpu/isa/stream.h"
@@ -18,13 +19,14 @@ inline constexpr int kDotRows = sizeof(S) == 2 ? kMostDotRows : 4;
 template <class Ar>
 inline constexpr int64_t kDotStride = kTileRows / kMostDotRows * RowsOfA<Ar>::kRowStride;
 
-// Others are multiplied faster by transposing squares (few_rows.h): so are more than two rows that hold more values
-// than these, measured, but for weights that have to be converted.
-inline constexpr int64_t kDotValues = 13 << 10;
+// Others are multiplied faster by transposing squares (few_rows.h): so are these many rows where they are longer, as L1
+// does not hold them then, but for weights that have to be converted. Measured.
+inline constexpr int64_t kAnyDepth = std::numeric_limits<int64_t>::max();
+inline constexpr int64_t kDotDepth[kMostDotRows + 1] = {kAnyDepth, kAnyDepth, kAnyDepth, 8192, 4096, 2048, 2048};
 template <class Ar, class S>
 bool are_dots(int64_t rows, int64_t depth) {
   constexpr bool converted = sizeof(S) * Ar::kDepth != sizeof(typename Ar::Element);
-  return rows <= kDotRows<S> && (rows <= 2 || converted || rows * depth <= kDotValues);
+  return rows <= kDotRows<S> && (converted || depth <= kDotDepth[rows]);
 }
 
 // Runs of weight rows that are read side by side: four where a step is short enough for the processor to look ahead by
