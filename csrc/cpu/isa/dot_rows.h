@@ -1,7 +1,7 @@
 // The fewest rows times weights whose unit stride runs along the reduction, where batch invariance is not asked for:
 // dot products of rows that lie contiguous. Memory is read in a few long streams, and nothing is transposed but sums.
 // Each lane sums its share of a row, and lanes are folded at the end: not the order of multiply.h, so that a row's bits
-// change where its expert has more than kDotRows.
+// change where its expert has more rows (are_dots).
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ inline constexpr int kDotRows = sizeof(S) == 2 ? kMostDotRows : 4;
 template <class Ar>
 inline constexpr int64_t kDotStride = kTileRows / kMostDotRows * RowsOfA<Ar>::kRowStride;
 
-// Others are multiplied faster by transposing squares (few_rows.h): so are these many rows where they are longer, as L1
-// does not hold them then, but for weights that have to be converted. Measured.
+// The most values of a row, by the number of rows: more do not stay in L1, and transposing squares (few_rows.h) is
+// faster, unless weights have to be converted. With more than kDotRows it is faster at any length. Measured.
 inline constexpr int64_t kAnyDepth = std::numeric_limits<int64_t>::max();
 inline constexpr int64_t kDotDepth[kMostDotRows + 1] = {kAnyDepth, kAnyDepth, kAnyDepth, 8192, 4096, 2048, 2048};
 template <class Ar, class S>

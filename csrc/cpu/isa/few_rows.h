@@ -90,7 +90,7 @@ MOE_INLINE void few_rows_columns(const typename Ar::Element* a, LaneRows<typenam
   }
 }
 
-// Rows are taken in powers of two as long as fewer take no less time: their sums wait for their own last addition.
+// Below two thirds of kFewRows the rows double: fewer take no less time, as sums wait for their own last addition.
 constexpr int more_rows(int rows) { return 3 * rows < 2 * kFewRows ? 2 * rows : rows + 1; }
 
 // The rows that are computed for `count` of them.

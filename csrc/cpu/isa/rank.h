@@ -17,17 +17,18 @@ template <class C>
 MOE_INLINE Vec<Bits<C>> key_of(Vec<C> x) {
   constexpr Bits<C> kMax = std::numeric_limits<Bits<C>>::max();
 #ifdef __AVX512F__
-  // One instruction for both: the classes of values NaN, 0 and all others become kMax, +0 and themselves.
+  // A digit for each class of values, from the right: both kinds of NaN become kMax, zeros +0, others stay.
+  constexpr int kTable = 0x11111800;
   if constexpr (sizeof(C) == 4) {
-    const __m512i max = _mm512_set1_epi32(kMax), classes = _mm512_set1_epi32(0x11111800);
-    x = bit_cast<Vec<C>>(_mm512_fixupimm_ps(bit_cast<__m512>(max), bit_cast<__m512>(x), classes, 0));
+    const __m512i max = _mm512_set1_epi32(kMax), table = _mm512_set1_epi32(kTable);
+    x = bit_cast<Vec<C>>(_mm512_fixupimm_ps(bit_cast<__m512>(max), bit_cast<__m512>(x), table, 0));
   } else {
-    const __m512i max = _mm512_set1_epi64(kMax), classes = _mm512_set1_epi64(0x11111800);
-    x = bit_cast<Vec<C>>(_mm512_fixupimm_pd(bit_cast<__m512d>(max), bit_cast<__m512d>(x), classes, 0));
+    const __m512i max = _mm512_set1_epi64(kMax), table = _mm512_set1_epi64(kTable);
+    x = bit_cast<Vec<C>>(_mm512_fixupimm_pd(bit_cast<__m512d>(max), bit_cast<__m512d>(x), table, 0));
   }
 #else
   x = x + C(0);  // turns -0 into +0
-  x = x == x ? x : bit_cast<Vec<C>>(kMax - Vec<Bits<C>>{});
+  x = x == x ? x : bit_cast<Vec<C>>(broadcast(kMax));
 #endif
   const auto bits = bit_cast<Vec<Bits<C>>>(x);
   return bits ^ (bits >> (8 * sizeof(C) - 1) & kMax);

@@ -41,8 +41,8 @@ MOE_INLINE void end_of_stream() {
 #endif
 }
 
-// Into the cache of this level: 1 or 2. Whatever only asks for memory must be inlined: to gcc a function without other
-// effects has none, and its calls are dropped.
+// Into the cache of this level: 1 or 2. A function that only asks for memory must be inlined: gcc sees no effect in it
+// and drops its calls.
 template <int level, class S>
 MOE_INLINE void fetch_ahead(const S* from, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(from);

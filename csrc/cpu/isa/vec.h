@@ -50,8 +50,7 @@ MOE_INLINE Vec<C> broadcast(C value) {
   return value - Vec<C>{};
 }
 
-// b where either is NaN. gcc 12 makes a comparison and a blend of what is one instruction if one of the two is
-// constant.
+// b where either is NaN. If one of them is a constant, gcc 12 compares and blends where one instruction would do.
 template <class T>
 MOE_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
