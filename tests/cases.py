@@ -113,6 +113,9 @@ CASES = [
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+stored_weights = pytest.mark.parametrize(
+    "dtype, stored", [*((d, d) for d in DTYPES), *((d, torch.float32) for d in LOW)]
+)
 
 
 # ---- what logits hold -----------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_few_tokens_of_a_wide_layer(kind, layout, dtype, device, instruction_set
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
-@pytest.mark.parametrize("tokens", [1, 4, 6])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 6])
 def test_few_tokens_are_accurate(tokens, layout, dtype, device, instruction_set):
     """Without batch invariance, in dot products on the CPU: gates and ups in several tiles, K in several blocks."""
     hidden, inner = 5800 if DEVICE == "cpu" else 300, 130

@@ -33,13 +33,13 @@ _torch_allows_tf32: Callable[[], bool] = torch.compiler.assume_constant_result(_
 def set_batch_invariant(enabled: bool) -> None:
     """Whether a row's result must have the same bits whatever other rows are in the batch; off by default.
 
-    Off, few rows are faster and summed in another order than many. On CUDA these are up to 64 rows in all. On the CPU
-    they are up to 4 rows of an expert (6 where weights have 16 bits) whose weight is not prepacked and is contiguous
-    along the reduction: such a weight and its PackedWeight may differ by rounding. On Hopper the gradient of the route
-    weights also depends on the tiles, which the number of rows decides. On, every number of rows is summed in one
-    order, more slowly for few. Then y of moe_mlp, grouped_gemm and combine, the gradients of x and of the route
-    weights depend on a token's own rows alone (drops by capacity aside). Gradients of expert weights and biases, and
-    the statistics of route, are sums over the batch.
+    Off, few rows are faster and summed in another order than many. On CUDA these are up to 64 rows in all. On the
+    CPU they are up to 4 rows of an expert (6 where weights have 16 bits; fewer where rows are long) whose weight is
+    not prepacked and is contiguous along the reduction: such a weight and its PackedWeight may differ by rounding.
+    On Hopper the gradient of the route weights also depends on the tiles, which the number of rows decides. On,
+    every number of rows is summed in one order, more slowly for few. Then y of moe_mlp, grouped_gemm and combine,
+    the gradients of x and of the route weights depend on a token's own rows alone (drops by capacity aside).
+    Gradients of expert weights and biases, and the statistics of route, are sums over the batch.
 
     Args:
         enabled: for the whole process, from the next call on. backward follows the forward it belongs to.

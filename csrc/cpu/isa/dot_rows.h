@@ -19,14 +19,14 @@ inline constexpr int kDotRows = sizeof(S) == 2 ? kMostDotRows : 4;
 template <class Ar>
 inline constexpr int64_t kDotStride = kTileRows / kMostDotRows * RowsOfA<Ar>::kRowStride;
 
-// The most values of a row, by the number of rows: more do not stay in L1, and transposing squares (few_rows.h) is
-// faster, unless weights have to be converted. With more than kDotRows it is faster at any length. Measured.
+// The most values of a row in AVX-512, by the number of rows: with more, transposing squares (few_rows.h) is faster,
+// unless weights change their width. With more than kDotRows it is faster at any length. Measured.
 inline constexpr int64_t kAnyDepth = std::numeric_limits<int64_t>::max();
 inline constexpr int64_t kDotDepth[kMostDotRows + 1] = {kAnyDepth, kAnyDepth, kAnyDepth, 8192, 4096, 2048, 2048};
 template <class Ar, class S>
 bool are_dots(int64_t rows, int64_t depth) {
-  constexpr bool converted = sizeof(S) * Ar::kDepth != sizeof(typename Ar::Element);
-  return rows <= kDotRows<S> && (converted || depth <= kDotDepth[rows]);
+  constexpr bool any_depth = MOE_VECTOR_BYTES < 64 || sizeof(S) * Ar::kDepth != sizeof(typename Ar::Element);
+  return rows <= kDotRows<S> && (any_depth || depth <= kDotDepth[rows]);
 }
 
 // Runs of weight rows that are read side by side: four where a step is short enough for the processor to look ahead by

@@ -44,10 +44,13 @@ MOE_INLINE void load_row(const Matrix& from, int64_t row, int64_t count, C* z) {
   pad(z, count, kMinusInf<C>);
 }
 
+// Rows of so many bytes are asked for ahead: of longer ones as many as a vector has lanes do not stay in L1.
+inline constexpr int64_t kRowBytesAhead = 4 << 10;
+
 // Asks for a row that is read later; none past the last.
 template <class C>
 MOE_INLINE void fetch_row_ahead(const Matrix& from, int64_t row, int64_t rows, int64_t count) {
-  if (row < rows)
+  if (row < rows && count * size_of(from.dtype) <= kRowBytesAhead)
     visit_row<C>(from, row, [=](const auto* values) __attribute__((always_inline)) { fetch_ahead<1>(values, count); });
 }
 
