@@ -147,7 +147,7 @@ def test_few_tokens_of_a_wide_layer(kind, layout, dtype, device, instruction_set
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 6])
 def test_few_tokens_are_accurate(tokens, layout, dtype, device, instruction_set):
-    """Without batch invariance, in dot products on the CPU: gates and ups in several tiles, K in several blocks."""
+    """Without batch invariance, dot products where rows are few enough: gates and ups in several tiles, K in blocks."""
     hidden, inner = 5800 if DEVICE == "cpu" else 300, 130
     tensors = {
         "x": randn(tokens, hidden, dtype=dtype),
